@@ -1,0 +1,89 @@
+"""Solve one matrix in the linear domain, or in log space where that would be wrong.
+
+The backward pass stays in the domain that the forward pass decided on.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ._batch import any_in_batch
+from ._domain import Domain, Linear, Log, Shift, two_sided_shift
+from ._gradient import kept_iterations
+from ._iteration import History, is_representable, iterate, iterate_until
+from ._options import Options
+
+# Computes the logits. A call in either branch, instead of one result for both, lets the
+# linear branch overwrite them with the kernel matrix.
+Logits = Callable[[], Float[Array, "T S"]]
+Marginals = Callable[[Shift], tuple[Float[Array, " T"], Float[Array, " S"]]]
+
+
+class Solution(NamedTuple):
+    """What the backward pass of one matrix needs besides its logits."""
+
+    history: History
+    shift: Shift
+    is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
+
+
+def solve(
+    logits: Logits,
+    marginals: Marginals,
+    output: Callable[[Domain, Shift, History, Array, Array], Any],
+    options: Options,
+) -> tuple[Any, Solution]:
+    """Iterate, and return what `output` makes of the domain and the history."""
+
+    def in_domain(domain):
+        start = domain.start(shift)
+        if options.tolerance is None:
+            history = iterate(domain, start, a, b, options.num_iters)
+        else:
+            history = iterate_until(
+                domain,
+                start,
+                a,
+                b,
+                options.num_iters,
+                options.tolerance,
+                options.finish,
+            )
+        return output(domain, shift, history, a, b), history
+
+    z = logits()
+    shift = two_sided_shift(z)
+    a, b = marginals(shift)
+    linear = Linear.of(z, shift)
+    result = in_domain(linear)
+    is_linear = is_representable(linear, result[1], a, b)
+    out, history = _mended(
+        result, is_linear, lambda: in_domain(Log.of(logits(), shift))
+    )
+    kept = history.tail(kept_iterations(options.gradient, options.num_iters))
+    return out, Solution(kept, shift, is_linear)
+
+
+def pull_back(
+    logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
+) -> Any:
+    """Return `cotangents` of the domain that the solution is in."""
+    linear = Linear.of(logits(), solution.shift)
+    return _mended(
+        cotangents(linear),
+        solution.is_linear,
+        lambda: cotangents(Log.of(logits(), solution.shift)),
+    )
+
+
+def _mended(result, is_right, instead):
+    """`result`, and what `instead` computes where that is not right."""
+
+    def mend():
+        return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
+
+    return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)

@@ -1,0 +1,299 @@
+"""`sinkhorn_attention`: signature, checks, and the table of implementations."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .._dispatch import Implementation, select
+from .._gradient import Exact, Gradient
+from .._iteration import Finish
+from .._options import Options
+from . import _reference, _scaling
+from ._problem import Operands, Problem
+
+# In order of preference. "reference" runs everywhere and stays last. The tests and the
+# benchmarks read this table, so a new implementation is its module and a line here.
+IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
+    {
+        "scaling": Implementation(_scaling.attend, _scaling.why_not, _scaling.prefer),
+        "reference": Implementation(
+            _reference.attend, _reference.why_not, _reference.prefer
+        ),
+    }
+)
+
+
+def sinkhorn_attention(
+    query: Float[Array, "*B T N H"],  # *B is (B,) or ().
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K D"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    num_iters: int = 10,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, " B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    finish: Finish = "rows",
+    gradient: Gradient = Exact(),  # noqa: B008 - frozen.
+    implementation: str | None = None,
+    return_marginal_error: bool = False,
+) -> Float[Array, "*B T N D"] | tuple[Float[Array, "*B T N D"], Float[Array, "*B N"]]:
+    r"""Attention whose weights are doubly stochastic.
+
+    Replaces the softmax by Sinkhorn's algorithm: with logits
+    $Z = \mathrm{scale}\, QK^\top + \mathrm{bias}$, returns $PV$ where
+    $P_{ij} = \exp(Z_{ij} + f_i + g_j)$, rows sum to 1 and columns to $T/S$.
+
+    Starts from the softmax, then normalises columns and rows `num_iters` times. Rows
+    are exact; columns approach $T/S$. At 0 it is `jax.nn.dot_product_attention`, except
+    that a row without an allowed key gives zeros there.
+
+    A row or column of the logits without an allowed entry is padding: it takes part in
+    neither marginal, its output and gradients are zero, and the rest equals the result
+    for the cropped inputs (columns then sum to valid rows / valid columns). Give *both*
+    sequence lengths, or a mask that excludes padded queries as well as padded keys: a
+    mask of the keys alone leaves padded queries in, which pour mass into the columns.
+
+    Args:
+        query: Queries. B batch (or no batch axis), T query length, N heads, H head
+            dimension.
+        key: Keys. S key length; K heads, a divisor of N.
+        value: Values. D may differ from H.
+        bias: Added to the logits; up to 4 axes, broadcasts to (B, N, T, S). -inf
+            excludes an entry like the mask.
+        mask: True where a query may attend to a key; boolean, shaped like `bias`. Where
+            the allowed entries admit no doubly stochastic plan the iteration cannot
+            converge, and the marginal error shows it.
+        num_iters: Column-then-row normalisations, a Python integer. Time is linear in
+            it.
+        scale: Multiplies $QK^\top$; the inverse temperature, a Python number. Default
+            $1/\sqrt{H}$. For a learnt or per-head temperature scale the query.
+        is_causal: Must be False; accepted for the sake of the error that explains why.
+        query_seq_lengths: Valid queries of each batch element; (1,) without batch axis.
+            Given alone, all keys count as valid: nothing is guessed.
+        key_value_seq_lengths: Valid keys, likewise.
+        dropout_rate: Probability with which an entry of the plan is dropped, in [0, 1);
+            the others are divided by 1 - rate. A Python number.
+        dropout_rng: Key for the dropout. The mask depends on it and on the position of
+            the entry alone, and is the same in every implementation.
+        finish: "rows", or "columns" to drop the last row step: then the columns are
+            exact and the rows approximate.
+        gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
+        implementation: None takes the fastest that can run. "scaling" holds one (T, S)
+            kernel matrix per head in flight and has a closed-form gradient, reverse
+            mode only. "reference" holds all logits and is plain JAX: use it for forward
+            mode, Hessians and any other transform.
+        return_marginal_error: Also return how far the other marginal is from exact.
+
+    Returns:
+        The attended values in the query's dtype; potentials and sums are kept in
+        float32 at least. With `return_marginal_error` a pair of it and the marginal
+        error (B, N) or (N,): Σ_j |Σ_i P_ij - b_j| / Σ_i a_i (of the rows for
+        finish="columns") before dropout, between 0 and 2, not differentiated.
+
+    Raises:
+        TypeError: Wrong dtypes, or `num_iters`, `scale` or `dropout_rate` is not a
+            Python number.
+        ValueError: Shapes disagree or are empty, `is_causal`, a negative `num_iters`,
+            an unknown `finish` or `implementation`, a dropout rate without a key.
+        NotImplementedError: The named implementation cannot run this problem.
+
+    `local_window_size` and `return_residual` of `jax.nn.dot_product_attention` are left
+    out: a window rarely admits a doubly stochastic plan, and f and g are not one number
+    per row.
+
+    Reference:
+        Sander et al., Sinkformers, 2022. https://arxiv.org/abs/2110.11773
+    """
+    out, error = attend(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        options=Options(num_iters, finish, gradient),
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        dropout_rate=dropout_rate,
+        dropout_rng=dropout_rng,
+        implementation=implementation,
+        return_marginal_error=return_marginal_error,
+    )
+    return out if error is None else (out, error)
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    *,
+    options: Options,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    broadcast_dropout: bool = False,
+    implementation: str | None = None,
+    return_marginal_error: bool = False,
+) -> tuple[Array, Array | None]:
+    """`sinkhorn_attention` for the Flax hooks, whose dropout may be broadcast."""
+    if is_causal:
+        raise ValueError(CAUSAL.format("is_causal=True"))
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    _check_arrays(query, key, value)
+    dropout_rate = _number("dropout_rate", dropout_rate)
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}.")
+    if dropout_rate > 0 and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rate={dropout_rate} needs dropout_rng, got None: the mask is "
+            "drawn from it. Pass a jax.random.key, or dropout_rate=0."
+        )
+    is_batched = query.ndim == 4
+    if not is_batched:
+        query, key, value = query[None], key[None], value[None]
+    batch, t, num_heads, head_dim = query.shape
+    s, num_key_heads, value_dim = value.shape[1:]
+    problem = Problem(
+        batch=batch,
+        t=t,
+        s=s,
+        num_heads=num_heads,
+        num_key_heads=num_key_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=query.dtype,
+        options=options,
+        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
+        dropout_rate=dropout_rate,
+        broadcast_dropout=broadcast_dropout,
+        return_marginal_error=return_marginal_error,
+    )
+    logits_shape = (batch, num_heads, t, s)
+    operands = Operands(
+        query,
+        key,
+        value,
+        _check_bias_or_mask("bias", bias, logits_shape),
+        _check_bias_or_mask("mask", mask, logits_shape),
+        _valid("query_seq_lengths", query_seq_lengths, batch, t),
+        _valid("key_value_seq_lengths", key_value_seq_lengths, batch, s),
+        dropout_rng if dropout_rate > 0 else None,
+    )
+    out, error = select(IMPLEMENTATIONS, implementation, problem)(problem, operands)
+    if not is_batched:
+        out, error = jax.tree.map(lambda x: x[0], (out, error))
+    return out, error
+
+
+CAUSAL: Final = (
+    "{} leaves the identity as the only doubly stochastic plan, so every "
+    "token would attend to itself alone. For causal attention use "
+    "jax.nn.dot_product_attention."
+)
+
+
+def _check_arrays(query, key, value):
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}. Cast it first.")
+        if x.dtype != query.dtype:
+            raise TypeError(
+                "query, key and value must have one dtype, got "
+                f"{query.dtype}, {key.dtype} and {value.dtype}. Cast them to one."
+            )
+        if x.ndim not in (3, 4) or x.ndim != query.ndim:
+            raise ValueError(
+                "query, key and value must all be (batch, length, heads, dimension) or "
+                f"all (length, heads, dimension), got shapes {query.shape}, "
+                f"{key.shape} and {value.shape}."
+            )
+        if 0 in x.shape[-3:]:
+            raise ValueError(
+                f"{name} must not be empty, got shape {x.shape}: a plan without rows "
+                "or columns has no marginals."
+            )
+    for what, ok in {
+        "batch sizes B": query.shape[:-3] == key.shape[:-3] == value.shape[:-3],
+        "head dimensions H of query and key": query.shape[-1] == key.shape[-1],
+        "key lengths S of key and value": key.shape[-3] == value.shape[-3],
+        "key heads K of key and value": key.shape[-2] == value.shape[-2],
+    }.items():
+        if not ok:
+            raise ValueError(
+                f"The {what} differ: got query {query.shape}, key {key.shape} and "
+                f"value {value.shape}; expected query (B, T, N, H), key (B, S, K, H) "
+                "and value (B, S, K, D)."
+            )
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"The {query.shape[-2]} query heads cannot share {key.shape[-2]} key heads "
+            f"evenly: got query {query.shape} and key {key.shape}. The number of key "
+            "heads must divide the number of query heads."
+        )
+
+
+def _check_bias_or_mask(name, x, logits_shape):
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be boolean, got {x.dtype}: True marks what a query may attend "
+            "to. Use `mask != 0`, or pass an additive mask as bias."
+        )
+    if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"bias must be floating, got {x.dtype}: it is added to the logits. Pass a "
+            "boolean mask as mask."
+        )
+    padded = (1,) * (4 - x.ndim) + x.shape
+    if len(padded) > 4 or any(
+        got not in (1, n) for got, n in zip(padded, logits_shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to (batch, query heads, query length, key length) "
+            f"= {logits_shape}, got shape {x.shape}."
+        )
+    return x.reshape(padded)
+
+
+def _valid(name, lengths, batch, length):
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integer, got {lengths.dtype}.")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"{name} must have shape ({batch},), one length for each batch element, "
+            f"got shape {lengths.shape}."
+        )
+    return jnp.arange(length, dtype=lengths.dtype)[None, :] < lengths[:, None]
+
+
+def _number(name, value):
+    try:
+        return float(value)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        raise TypeError(
+            f"{name} must be a Python number known at trace time, got {value!r}. For a "
+            "traced or per-head temperature multiply the query instead."
+            if name == "scale"
+            else f"{name} must be a Python number known at trace time, got {value!r}."
+        ) from None

@@ -1,0 +1,135 @@
+"""Attention operands, one head at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._batch import map_and_add, map_matrices, matrices_in_flight
+from .._domain import PRECISION, Shift, accum_dtype
+from ._problem import (
+    Operands,
+    Problem,
+    add_bias_and_mask,
+    dropout_keep,
+    uniform_marginals,
+)
+
+
+class Heads:
+    """What each of the B * N heads sees, by its index b * N + n.
+
+    Heads share keys, values, a broadcast bias and a broadcast mask; nothing is repeated
+    for them.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands):
+        self.problem = problem
+        self.dtype = accum_dtype(problem.dtype)
+        self.indices = jnp.arange(problem.batch * problem.num_heads)
+        self._operands = operands
+        self._query = self.split(operands.query)
+        self._key, self._value = self.split(operands.key), self.split(operands.value)
+        self._groups = problem.num_heads // problem.num_key_heads
+
+    def split(self, x: Float[Array, "B T N ..."]) -> Float[Array, "BN T ..."]:
+        """Head axes in front."""
+        x = jnp.swapaxes(x, 1, 2)
+        return x.reshape(-1, *x.shape[2:])
+
+    def split_transposed(self, x: Float[Array, "B T N D"]) -> Float[Array, "BN D T"]:
+        """Head axes in front, tokens last: the layout of a left factor of a plan."""
+        x = jnp.transpose(x, (0, 2, 3, 1))
+        return x.reshape(-1, *x.shape[2:])
+
+    def join(self, x: Float[Array, "BN T D"]) -> Float[Array, "B T N D"]:
+        """The inverse of `split`."""
+        return jnp.swapaxes(x.reshape(self.problem.batch, -1, *x.shape[1:]), 1, 2)
+
+    def join_transposed_groups(
+        self, x: Float[Array, "BN D S"]
+    ) -> Float[Array, "B S K D"]:
+        """Tokens and heads back, summed over the heads that share a key head."""
+        p = self.problem
+        x = x.reshape(p.batch, p.num_key_heads, self._groups, *x.shape[1:]).sum(axis=2)
+        return jnp.transpose(x, (0, 3, 1, 2))
+
+    def query(self, head: Int[Array, ""]) -> Float[Array, "T H"]:
+        """Queries times the scale."""
+        return self._query[head].astype(self.dtype) * self.problem.scale
+
+    def key(self, head: Int[Array, ""]) -> Float[Array, "S H"]:
+        """Keys."""
+        return self._key[head // self._groups].astype(self.dtype)
+
+    def value(self, head: Int[Array, ""]) -> Float[Array, "S D"]:
+        """Values."""
+        return self._value[head // self._groups].astype(self.dtype)
+
+    def logits(
+        self,
+        head: Int[Array, ""],
+        query: Float[Array, "T H"],
+        key: Float[Array, "S H"],
+    ) -> Float[Array, "T S"]:
+        """Logits with bias, -inf where a query may not attend to a key."""
+        batch, n = head // self.problem.num_heads, head % self.problem.num_heads
+
+        def of_head(x):
+            if x is None:
+                return None
+            return x[batch if x.shape[0] > 1 else 0, n if x.shape[1] > 1 else 0]
+
+        def of_batch(x):
+            return None if x is None else x[batch]
+
+        return add_bias_and_mask(
+            jnp.matmul(query, key.T, precision=PRECISION),
+            of_head(self._operands.bias),
+            of_head(self._operands.mask),
+            of_batch(self._operands.query_valid),
+            of_batch(self._operands.key_valid),
+        )
+
+    def marginals(self, shift: Shift) -> tuple[Float[Array, " T"], Float[Array, " S"]]:
+        """Row and column sums of the plan."""
+        return uniform_marginals(shift.rows, shift.cols, self.dtype)
+
+    def keep(self, head: Int[Array, ""]) -> Float[Array, "T S"] | None:
+        """What the plan is multiplied by for dropout; None without."""
+        rng = self._operands.dropout_rng
+        return None if rng is None else dropout_keep(self.problem, rng, head)
+
+    def map(self, fn: Callable[[Any], Any], xs: Any) -> Any:
+        """`fn` of every head, as many at once as suit the device."""
+        return map_matrices(fn, xs, self._in_flight)
+
+    def map_with_bias_sum(
+        self, fn: Callable[[Any], tuple[Any, Float[Array, "T S"]]], xs: Any
+    ) -> tuple[Any, Float[Array, "..."] | None]:
+        """`map` of the first result, and the second summed to the shape of the bias."""
+        bias = self._operands.bias
+        if bias is None:
+            return self.map(lambda x: fn(x)[0], xs), None
+        axes = tuple(i for i in (0, 1) if bias.shape[2 + i] == 1)
+        batch, n = jnp.divmod(self.indices, self.problem.num_heads)
+        slots = jnp.zeros_like(self.indices)
+        if bias.shape[0] > 1:
+            slots = slots + batch * bias.shape[1]
+        if bias.shape[1] > 1:
+            slots = slots + n
+
+        def fn_and_sum(x):
+            out, of_logits = fn(x)
+            return out, of_logits.sum(axis=axes, keepdims=True)
+
+        # Summed on the way: all heads' terms together would be B * N times T * S.
+        total = jnp.zeros((bias.shape[0] * bias.shape[1], *bias.shape[2:]), self.dtype)
+        out, total = map_and_add(fn_and_sum, xs, total, slots, self._in_flight)
+        return out, total.reshape(bias.shape).astype(bias.dtype)
+
+    @property
+    def _in_flight(self):
+        p = self.problem
+        return matrices_in_flight(p.batch * p.num_heads, p.t, p.s, self.dtype.itemsize)

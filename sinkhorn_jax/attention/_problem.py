@@ -1,0 +1,95 @@
+"""What an attention implementation is given, and what belongs to each of its heads."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._domain import accum_dtype
+from .._options import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Everything static about a call: shapes, dtype and options, never values."""
+
+    batch: int
+    t: int  # Query length.
+    s: int  # Key length.
+    num_heads: int
+    num_key_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: jnp.dtype
+    options: Options
+    scale: float
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = False  # One mask for all batch elements and heads.
+    return_marginal_error: bool = False
+
+
+class Operands(NamedTuple):
+    """The arrays of a call; None where the caller gave nothing."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K D"]
+    bias: Float[Array, "#B #N #T #S"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    query_valid: Bool[Array, "B T"] | None
+    key_valid: Bool[Array, "B S"] | None
+    dropout_rng: Array | None
+
+
+def add_bias_and_mask(
+    logits: Float[Array, "*heads T S"],
+    bias: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
+    query_valid: Bool[Array, "*#heads T"] | None,
+    key_valid: Bool[Array, "*#heads S"] | None,
+) -> Float[Array, "*heads T S"]:
+    """Logits with -inf where a query may not attend to a key."""
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+    for allowed in (
+        mask,
+        None if query_valid is None else query_valid[..., :, None],
+        None if key_valid is None else key_valid[..., None, :],
+    ):
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
+    return logits
+
+
+def uniform_marginals(
+    rows: Bool[Array, "*heads T"], cols: Bool[Array, "*heads S"], dtype: jnp.dtype
+) -> tuple[Float[Array, "*heads T"], Float[Array, "*heads S"]]:
+    """1 for each valid row, (valid rows) / (valid columns) for each valid column."""
+    num_rows, num_cols = rows.sum(axis=-1), cols.sum(axis=-1)
+    share = num_rows.astype(dtype) / jnp.maximum(num_cols, 1).astype(dtype)
+    return rows.astype(dtype), jnp.where(cols, share[..., None], 0)
+
+
+def dropout_keep(problem: Problem, rng: Array, head: Array) -> Float[Array, "T S"]:
+    """What a head's plan is multiplied by: 0, or 1 / (1 - rate).
+
+    A function of the key and the entry's position alone, so that every implementation
+    can make any part of it.
+
+    Args:
+        problem: Gives the rate and the shape.
+        rng: The caller's key.
+        head: b * N + n for batch element b and head n.
+    """
+    rng = jax.random.fold_in(rng, 0 if problem.broadcast_dropout else head)
+    probability = 1 - problem.dropout_rate
+
+    def row(i):
+        key = jax.random.fold_in(rng, i)
+        return jax.random.bernoulli(key, probability, (problem.s,))
+
+    keep = jax.vmap(row)(jnp.arange(problem.t))
+    dtype = accum_dtype(problem.dtype)
+    return jnp.where(keep, jnp.asarray(1 / probability, dtype), 0)

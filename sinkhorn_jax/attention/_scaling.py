@@ -1,0 +1,138 @@
+"""Sinkhorn attention in the linear domain, one kernel matrix per head in flight.
+
+Nothing of size (T, S) outlives a head: the backward pass makes the kernel matrix again
+from the queries and keys and the scalings of every iteration, (T + S) numbers each.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._domain import PRECISION
+from .._gradient import adjoint
+from .._iteration import marginal_error
+from .._solve import pull_back, solve
+from ._heads import Heads
+from ._problem import Operands, Problem
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend(
+    problem: Problem, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """Output and, on request, marginal error."""
+    return _attend(problem, operands)
+
+
+def why_not(problem: Problem) -> str | None:
+    """It takes every problem."""
+    del problem
+    return None
+
+
+def prefer(problem: Problem, platform: str) -> bool:
+    """It is the faster one for every shape that was measured."""
+    del problem, platform
+    return True
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem, operands):
+    return _attend_fwd(problem, operands)[0]
+
+
+def _attend_fwd(problem, operands):
+    heads = Heads(problem, operands)
+
+    def head(index):
+        q, k, v = heads.query(index), heads.key(index), heads.value(index)
+        keep = heads.keep(index)
+
+        def output(domain, shift, history, a, b):
+            del shift
+            r, c = history.end(problem.options.finish)
+            if keep is None:
+                out = domain.apply(r, c, v)
+            else:
+                out = _dot(domain.plan(r, c) * keep, v)
+            if not problem.return_marginal_error:
+                return out, None
+            return out, marginal_error(domain, history, a, b, problem.options.finish)
+
+        return solve(
+            lambda: heads.logits(index, q, k), heads.marginals, output, problem.options
+        )
+
+    (out, error), solution = heads.map(head, heads.indices)
+    out = heads.join(out)
+    if error is not None:
+        error = error.reshape(problem.batch, problem.num_heads)
+    return (out.astype(problem.dtype), error), (operands, out, solution)
+
+
+def _attend_bwd(problem, residuals, cotangents):
+    operands, out, solution = residuals
+    dout, _ = cotangents  # The marginal error is not differentiated.
+    heads = Heads(problem, operands)
+    dout = dout.astype(heads.dtype)
+    # d f of the result: rowsum(plan * d plan) = rowsum(dout * out), dropout or not.
+    df = (dout * out).sum(axis=-1)
+
+    def head(inputs):
+        index, solution, do_t, q_t, df = inputs
+        q, k, v = heads.query(index), heads.key(index), heads.value(index)
+        keep = heads.keep(index)
+
+        def in_domain(domain):
+            a, b = heads.marginals(solution.shift)
+            r, c = solution.history.end(problem.options.finish)
+            dplan = _dot(do_t.T, v.T)
+            if keep is None:
+                dv_t = domain.apply_left(do_t, r, c)
+            else:
+                dplan = dplan * keep
+                dv_t = _dot(do_t, domain.plan(r, c) * keep)
+            correction = adjoint(
+                problem.options.gradient,
+                domain,
+                solution.history,
+                df,
+                (v.T * dv_t).sum(axis=0),
+                a,
+                b,
+                problem.options.finish,
+            )
+            dz = domain.pull_back(r, c, dplan, correction)
+            return (_dot(dz, k), _dot(q_t, dz), dv_t), dz
+
+        return pull_back(lambda: heads.logits(index, q, k), solution, in_domain)
+
+    inputs = (
+        heads.indices,
+        solution,
+        heads.split_transposed(dout),
+        heads.split_transposed(operands.query.astype(heads.dtype) * problem.scale),
+        heads.split(df),
+    )
+    (dq, dk_t, dv_t), dbias = heads.map_with_bias_sum(head, inputs)
+    return (
+        Operands(
+            query=heads.join(dq * problem.scale).astype(problem.dtype),
+            key=heads.join_transposed_groups(dk_t).astype(problem.dtype),
+            value=heads.join_transposed_groups(dv_t).astype(problem.dtype),
+            bias=dbias,
+            mask=None,
+            query_valid=None,
+            key_valid=None,
+            dropout_rng=None,
+        ),
+    )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _dot(x, y):
+    return jnp.matmul(x, y, precision=PRECISION)

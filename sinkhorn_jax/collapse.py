@@ -1,0 +1,282 @@
+"""Rank collapse and entropy collapse, measured on arrays.
+
+Attention averages tokens, so with depth they approach one another (rank collapse), and
+its weights may come to rest on single tokens (entropy collapse). These are pure
+functions, for jit, vmap and both modes of differentiation; leading axes are batch.
+
+They compute and return in the input's dtype, or in float32 where that is narrower.
+`where` marks the tokens that count and broadcasts against the batch axes; the result is
+that of the array cropped to them, whatever the others hold, NaN and inf included, and 0
+if none counts. Gradients are finite for finite input; each docstring says what stands
+in where there is no derivative. Magnitudes below the smallest normal number count as 0.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+Norm = Literal["fro", "spectral", "1inf"]
+
+
+def residual(
+    x: Float[Array, "*B T D"], where: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, "*B T D"]:
+    r"""What keeps the tokens apart: x minus its mean over tokens.
+
+    Equal tokens give exact zeros, and nearly equal ones keep their relative accuracy.
+
+    Args:
+        x: Tokens. B batch, T tokens, D features.
+        where: True where a token counts.
+
+    Returns:
+        $x - \mathbf{1}\bar{x}^\top$, in x's units; 0 for tokens that do not count.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+    """
+    x, where = _prepare("x", x, where)
+    return _residual(x, where)
+
+
+def relative_residual(
+    x: Float[Array, "*B T D"],
+    norm: Norm = "fro",
+    where: Bool[Array, "*#B T"] | None = None,
+) -> Float[Array, "*B"]:
+    r"""How far the tokens are from being equal: $\|residual(x)\| / \|x\|$.
+
+    Free of scale. At most 1 in the Frobenius and the spectral norm.
+
+    Args:
+        x: Tokens. B batch, T tokens, D features.
+        norm: "fro"; "spectral", the largest singular value; or "1inf", which is
+            $\sqrt{\|x\|_1 \|x\|_\infty}$ of the largest absolute column and row sums.
+        where: True where a token counts.
+
+    Returns:
+        The ratio; 0 if all tokens are equal, and the gradient is 0 there. Where the
+        largest singular value or sum is repeated, the gradient uses a subgradient.
+
+    Raises:
+        TypeError, ValueError: `norm` is unknown, or a dtype or a shape does not fit.
+
+    Reference:
+        Dong et al., 2021. https://arxiv.org/abs/2103.03404
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"Unknown norm {norm!r}; expected one of {get_args(Norm)}.")
+    x, where = _prepare("x", x, where)
+    x, _, is_zero = _to_unit(x)
+    res, res_scale, res_is_zero = _to_unit(_residual(x, where))
+    ratio = res_scale * _norm(res, norm) / _norm(x, norm)
+    return jnp.where(is_zero | res_is_zero, 0.0, ratio)
+
+
+def stable_rank(
+    x: Float[Array, "*B T D"], where: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, "*B"]:
+    r"""The stable rank $\|x\|_F^2 / \|x\|_2^2$.
+
+    Small singular values hardly move it, unlike the rank, which bounds it from above.
+
+    Args:
+        x: Matrices. B batch, T tokens, D features.
+        where: True where a token counts.
+
+    Returns:
+        From 1 to min(T, D); 0 if x is zero, and the gradient is 0 there. Where the
+        largest singular value is repeated, the gradient follows one of them.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+
+    Reference:
+        Rudelson and Vershynin, 2007. https://arxiv.org/abs/math/0503442
+    """
+    x, _ = _prepare("x", x, where)
+    x, _, is_zero = _to_unit(x)
+    ratio = jnp.square(_norm(x, "fro") / _norm(x, "spectral"))
+    return jnp.where(is_zero, 0.0, ratio)
+
+
+def effective_rank(
+    x: Float[Array, "*B T D"], where: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, "*B"]:
+    r"""The effective rank $\exp(-\sum_k p_k \log p_k)$, $p = \sigma / \sum_k \sigma_k$.
+
+    It is n for n equal singular values $\sigma$ and falls smoothly as some vanish.
+
+    Args:
+        x: Matrices. B batch, T tokens, D features.
+        where: True where a token counts.
+
+    Returns:
+        From 1 to min(T, D); 0 if x is zero, and the gradient is 0 there. The slope at
+        a singular value of 0 is infinite, so the gradient leaves out those that
+        `numpy.linalg.matrix_rank` counts as 0.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+
+    Reference:
+        Roy and Vetterli, The effective rank, EUSIPCO 2007.
+    """
+    x, _ = _prepare("x", x, where)
+    x, _, is_zero = _to_unit(x)
+    s = jnp.linalg.svdvals(x)  # [..., min(T, D)]
+    # The value keeps what lies below: in float32 at 256 x 256, rounding alone adds less
+    # than 1e-3, but as many genuine values just under the floor are worth 8%.
+    floor = max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps) * s[..., :1]
+    s = jnp.where(s < floor, lax.stop_gradient(s), s)
+    rank = jnp.exp(_entropy(s / s.sum(axis=-1, keepdims=True)))
+    return jnp.where(is_zero, 0.0, rank)
+
+
+def attention_entropy(
+    plan: Float[Array, "*B T S"], where: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, "*B"]:
+    r"""Mean over rows of $-\sum_j p_j \log p_j$, in nats.
+
+    It is $\log S$ for uniform attention and 0 for rows with a single entry.
+
+    Args:
+        plan: Nonnegative attention weights. B batch, T query length, S key length.
+            Rows are rescaled to sum to 1; rows without mass are left out of the mean.
+        where: True where a row counts.
+
+    Returns:
+        The entropy; 0 if no row has mass. The slope at an entry of 0 is infinite, so
+        such entries get no gradient.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+
+    Reference:
+        Zhai et al., 2023. https://arxiv.org/abs/2303.06296
+    """
+    plan, _ = _prepare("plan", plan, where)
+    # Each row is its own matrix [1, S], so that rows of any magnitude count alike.
+    p, _, is_empty = _to_unit(plan[..., None, :])  # Excluded rows are zeros, so empty.
+    p = jnp.where(p == 0.0, 0.0, p)[..., 0, :]  # Cuts the gradient at zeros.
+    entropy = jnp.where(is_empty, 0.0, _entropy(p / p.sum(axis=-1, keepdims=True)))
+    num_rows = jnp.sum(~is_empty, axis=-1).astype(plan.dtype)
+    return entropy.sum(axis=-1) / jnp.maximum(num_rows, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("norm",))
+def residual_over_depth(
+    hidden_states: Float[Array, "L *B T D"],
+    norm: Norm = "fro",
+    where: Bool[Array, "*#B T"] | None = None,
+) -> Float[Array, " L *B"]:
+    """`relative_residual` of every layer: the curve of rank collapse over depth.
+
+    Args:
+        hidden_states: Tokens after each of L layers, stacked.
+        norm: As in `relative_residual`.
+        where: True where a token counts, in all layers alike.
+
+    Returns:
+        The ratios, layers first.
+
+    Raises:
+        TypeError, ValueError: As `relative_residual`, or the depth axis is missing.
+    """
+    if hidden_states.ndim < 3:
+        raise ValueError(
+            f"hidden_states must be (depth, ..., T, D), got {hidden_states.shape}: its "
+            "first axis counts layers. For one layer use relative_residual."
+        )
+    return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
+
+
+def _prepare(name, x, where):
+    """Checks the arguments; x in its working dtype with zeros for excluded tokens."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be real and floating, got {x.dtype}: the measures are "
+            f"fractions. Convert it, as {name}.astype(jnp.float32)."
+        )
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(
+            f"{name} must be (..., tokens, features) with neither axis empty, got "
+            f"shape {x.shape}: the measures compare tokens. Use {name}[None] for one."
+        )
+    if jnp.finfo(x.dtype).bits < 32:
+        x = x.astype(jnp.float32)
+    if where is None:
+        return x, jnp.ones(x.shape[:-1], bool)
+    where = jnp.asarray(where)
+    if where.dtype != jnp.bool_:
+        raise TypeError(
+            f"where must be boolean, got {where.dtype}: a token counts or does not. "
+            "Compare it with a threshold, as where > 0."
+        )
+    # Backwards from the batch axis next to the tokens; the shorter shape is extended.
+    batch_axes = zip(where.shape[-2::-1], x.shape[-3::-1], strict=False)
+    is_batch = where.ndim < x.ndim and all(m in (1, n) for m, n in batch_axes)
+    if not is_batch or where.shape[-1:] != x.shape[-2:-1]:
+        raise ValueError(
+            f"where must end in {x.shape[-2]} and broadcast to {x.shape[:-1]}, got "
+            f"shape {where.shape}: it marks tokens. Give it no axis for features."
+        )
+    where = jnp.broadcast_to(where, x.shape[:-1])
+    return jnp.where(where[..., None], x, 0.0), where
+
+
+def _residual(x, where):
+    where = where[..., None]  # [..., T, 1]
+    count = jnp.maximum(where.sum(axis=-2, keepdims=True), 1).astype(x.dtype)
+    mean = lambda y: y.sum(axis=-2, keepdims=True) / count
+    # Any constant may be taken off first. The rounded mean makes the second mean exact
+    # to the size of the residual, not of x; the clip makes equal tokens exact zeros.
+    y = lax.stop_gradient(x)
+    low = y.min(axis=-2, keepdims=True, where=where, initial=jnp.inf)
+    high = y.max(axis=-2, keepdims=True, where=where, initial=-jnp.inf)
+    x = jnp.where(where, x - jnp.clip(mean(y), low, high), 0.0)
+    return jnp.where(where, x - mean(x), 0.0)
+
+
+def _to_unit(x):
+    """Matrices over a scale near their largest entry, it, and whether they are 0."""
+    # Squares then neither overflow nor vanish. A power of two rounds nothing, so equal
+    # tokens stay equal in every fusion. It may be a constant to derivatives: no result
+    # depends on it. Ones replace zero matrices, so that callers can divide and take
+    # roots, and select another result afterwards.
+    info = jnp.finfo(x.dtype)
+    largest = jnp.abs(lax.stop_gradient(x)).max(axis=(-2, -1))
+    is_zero = largest < float(info.tiny)  # False for NaN, which goes on.
+    _, exponent = jnp.frexp(jnp.where(is_zero, 1.0, largest))
+    # One less where 1 / scale would fall below the normal numbers.
+    exponent = jnp.minimum(exponent, int(info.maxexp) - 1) - 1
+    scale = jnp.ldexp(jnp.ones_like(largest), exponent)
+    unit = jnp.where(is_zero[..., None, None], 1.0, x / scale[..., None, None])
+    return unit, scale, is_zero
+
+
+# Singular values alone have the derivative d sigma = diag(U^T dX V), free of the
+# 1 / (sigma_i^2 - sigma_j^2) of singular vectors. So it is finite at repeated and at
+# zero values, and exact there for symmetric functions of them: the gradient is
+# U diag(h'(sigma)) V^T. JAX's rule for svdvals is this one, and computes vectors only
+# when differentiated. Eigenvalues of x^T x would square the condition number, losing
+# in float32 all below 3e-4 of the largest, and took as long (256 x 256, CPU).
+def _norm(x, norm):
+    if norm == "spectral":
+        return jnp.linalg.svdvals(x)[..., 0]
+    if norm == "fro":
+        return jnp.sqrt(jnp.square(x).sum(axis=(-2, -1)))
+    size = jnp.abs(x)
+    one = size.sum(axis=-2).max(axis=-1)
+    inf = size.sum(axis=-1).max(axis=-1)
+    return jnp.sqrt(one * inf)
+
+
+def _entropy(p):
+    log_p = jnp.log(jnp.where(p == 0.0, 1.0, p))  # 0 log 0 = 0.
+    return -jnp.sum(p * log_p, axis=-1)

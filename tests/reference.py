@@ -1,0 +1,92 @@
+"""Sinkhorn and Sinkhorn attention in NumPy float64, as plainly as they can be written.
+
+Imports nothing from the package: it is what the package is held against.
+"""
+
+import numpy as np
+
+
+def logsumexp(x, axis):
+    top = x.max(axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(x - top).sum(axis=axis)) + np.squeeze(top, axis)
+
+
+def marginals(logits, a=None, b=None):
+    """Defaults filled in and padding set to 0."""
+    rows, cols = (logits > -np.inf).any(-1), (logits > -np.inf).any(-2)
+    if a is None and b is None:
+        a = np.ones(logits.shape[:-1])
+    if a is not None:
+        a = np.where(rows, np.broadcast_to(a, rows.shape), 0.0)
+    if b is not None:
+        b = np.where(cols, np.broadcast_to(b, cols.shape), 0.0)
+    if a is None:
+        a = rows * (b.sum(-1) / np.maximum(rows.sum(-1), 1))[..., None]
+    if b is None:
+        b = cols * (a.sum(-1) / np.maximum(cols.sum(-1), 1))[..., None]
+    return a, b
+
+
+def potentials(logits, num_iters, a=None, b=None, finish="rows"):
+    """f, g and the marginal error, one matrix or a batch of them."""
+    logits = np.asarray(logits, np.float64)
+    a, b = marginals(logits, a, b)
+    rows, cols = (logits > -np.inf).any(-1), (logits > -np.inf).any(-2)
+
+    def row_step(g):
+        step = np.log(np.where(rows, a, 1)) - logsumexp(logits + g[..., None, :], -1)
+        return np.where(rows, step, 0.0)
+
+    def col_step(f):
+        step = np.log(np.where(cols, b, 1)) - logsumexp(logits + f[..., :, None], -2)
+        return np.where(cols, step, 0.0)
+
+    g = np.zeros_like(b)
+    f = before = row_step(g)
+    for _ in range(num_iters):
+        before, g = f, col_step(f)
+        f = row_step(g)
+    if finish == "columns":
+        f = before
+    plan = np.exp(logits + f[..., :, None] + g[..., None, :])
+    sums, target = (plan.sum(-2), b) if finish == "rows" else (plan.sum(-1), a)
+    error = np.abs(sums - target).sum(-1) / np.maximum(a.sum(-1), 1e-300)
+    return f, g, error
+
+
+def sinkhorn(logits, num_iters, a=None, b=None, finish="rows"):
+    logits = np.asarray(logits, np.float64)
+    f, g, _ = potentials(logits, num_iters, a, b, finish)
+    return np.exp(logits + f[..., :, None] + g[..., None, :])
+
+
+def attention_logits(
+    query, key, bias=None, mask=None, scale=None, lengths=(None, None)
+):
+    query, key = (np.asarray(x, np.float64) for x in (query, key))
+    key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = np.einsum("btnh,bsnh->bnts", query, key) * scale
+    if bias is not None:
+        logits = logits + np.asarray(bias, np.float64)
+    if mask is not None:
+        logits = np.where(mask, logits, -np.inf)
+    for length, axis in zip(lengths, (2, 3), strict=True):
+        if length is not None:
+            index = np.arange(logits.shape[axis]).reshape(-1, *[1] * (3 - axis))
+            valid = index < np.asarray(length).reshape(-1, 1, 1, 1)
+            logits = np.where(valid, logits, -np.inf)
+    return logits
+
+
+def sinkhorn_attention(
+    query, key, value, num_iters=10, finish="rows", keep=1.0, **logits_options
+):
+    """Output (B, T, N, D); `keep` multiplies the plan, as dropout does."""
+    logits = attention_logits(query, key, **logits_options)
+    plan = sinkhorn(logits, num_iters, finish=finish) * keep
+    value = np.asarray(value, np.float64)
+    value = np.repeat(value, np.shape(query)[2] // value.shape[2], axis=2)
+    return np.einsum("bnts,bsnd->btnd", plan, value)
