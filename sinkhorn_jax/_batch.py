@@ -41,7 +41,7 @@ def map_matrices(fn: Callable[..., Any], xs: Any, in_flight: int) -> Any:
 
 
 def map_and_add(
-    fn: Callable[..., tuple[Any, Array]],
+    fn: Callable[..., tuple[Any, Any]],
     xs: Any,
     total: Shaped[Array, "slots ..."],
     slots: Int[Array, " batch"],

@@ -23,31 +23,18 @@ def accum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-class Shift(NamedTuple):
-    """The two-sided max shift: `logits - m - n` has a 0 in every row and column."""
-
-    m: Float[Array, " T"]
-    n: Float[Array, " S"]
-    rows: Bool[Array, " T"]  # False for padding.
-    cols: Bool[Array, " S"]
-
-    def __call__(self, logits: Float[Array, "T S"]) -> Float[Array, "T S"]:
-        """The shifted logits, at most 0."""
-        return (logits - self.m[:, None]) - self.n[None, :]
-
-
-def two_sided_shift(logits: Float[Array, "T S"]) -> Shift:
-    """Row maxima, then column maxima of what remains; 0 for padding.
+def _two_sided_shift(logits):
+    """Subtract the row maxima, then the column maxima of what remains.
 
     A row shift alone lets a column underflow as a whole. After both, every sum of the
     iteration has a term that cannot vanish.
     """
-    m = logits.max(axis=1)
-    rows = m != -jnp.inf
-    m = jnp.where(rows, m, 0)
-    n = (logits - m[:, None]).max(axis=0)
-    cols = n != -jnp.inf
-    return Shift(m, jnp.where(cols, n, 0), rows, cols)
+    # Where all is -inf, for padding, the least number instead: a `where`, or any other
+    # use of the maxima, would make XLA write logits - m to memory for their sake.
+    lowest = jnp.finfo(logits.dtype).min
+    m = jnp.maximum(logits.max(axis=1), lowest)
+    n = jnp.maximum((logits - m[:, None]).max(axis=0), lowest)
+    return (logits - m[:, None]) - n[None, :], m, n
 
 
 class Correction(NamedTuple):
@@ -69,18 +56,26 @@ class Correction(NamedTuple):
 class Linear(NamedTuple):
     """Plan = r * kernel * c: a half step is a matrix-vector product."""
 
-    kernel: Float[Array, "T S"]
-    rows: Bool[Array, " T"]
+    kernel: Float[Array, "T S"]  # exp(logits - m - n): a 1 in every row and column.
+    rows: Bool[Array, " T"]  # False for padding.
     cols: Bool[Array, " S"]
+    m: Float[Array, " T"]
+    n: Float[Array, " S"]
 
     @classmethod
-    def of(cls, logits: Float[Array, "T S"], shift: Shift) -> "Linear":
-        """The kernel matrix, every row and column of which has a 1."""
-        return cls(jnp.exp(shift(logits)), shift.rows, shift.cols)
+    def of(cls, logits: Float[Array, "T S"]) -> "Linear":
+        """The kernel matrix of the logits, -inf where excluded."""
+        shifted, m, n = _two_sided_shift(logits)
+        kernel = jnp.exp(shifted)
+        # Empty, not "not positive": a NaN has to be seen. Against c = exp(n) instead of
+        # ones the first sum is that of the first row step.
+        rows = _dot(kernel, jnp.exp(n)) != 0
+        cols = _dot(jnp.ones_like(m), kernel) != 0
+        return cls(kernel, rows, cols, m, n)
 
-    def start(self, shift: Shift) -> Float[Array, " S"]:
+    def start(self) -> Float[Array, " S"]:
         """The column scaling that makes the first row step the softmax."""
-        return jnp.where(self.cols, jnp.exp(shift.n), 0)
+        return jnp.exp(self.n)
 
     def row_step(self, c, a):
         """The row scaling with which the rows sum to `a`."""
@@ -114,28 +109,32 @@ class Linear(NamedTuple):
         rank_k = _dot(jnp.concatenate(left).T, jnp.concatenate(right))  # [T, S]
         return self.kernel * ((r[:, None] * c[None, :]) * direct - rank_k)
 
-    def potentials(self, r, c, shift: Shift):
-        """F and g with plan = exp(logits + f + g); 0 for padding."""
-        f = jnp.log(jnp.where(self.rows, r, 1)) - shift.m
-        g = jnp.log(jnp.where(self.cols, c, 1)) - shift.n
+    def potentials(self, r, c):
+        """Potentials f and g, plan = exp(logits + f + g); 0 for padding."""
+        f = jnp.where(self.rows, jnp.log(jnp.where(self.rows, r, 1)) - self.m, 0)
+        g = jnp.where(self.cols, jnp.log(jnp.where(self.cols, c, 1)) - self.n, 0)
         return f, g
 
 
 class Log(NamedTuple):
     """Plan = exp(logits + r + c): a half step is a logsumexp, and nothing overflows."""
 
-    logits: Float[Array, "T S"]
-    rows: Bool[Array, " T"]
+    logits: Float[Array, "T S"]  # Less m and n: smaller numbers, smaller errors.
+    rows: Bool[Array, " T"]  # False for padding.
     cols: Bool[Array, " S"]
+    m: Float[Array, " T"]
+    n: Float[Array, " S"]
 
     @classmethod
-    def of(cls, logits: Float[Array, "T S"], shift: Shift) -> "Log":
-        """Log space on the shifted logits, whose rounding errors are smaller."""
-        return cls(shift(logits), shift.rows, shift.cols)
+    def of(cls, logits: Float[Array, "T S"]) -> "Log":
+        """Log space on the shifted logits."""
+        shifted, m, n = _two_sided_shift(logits)
+        allowed = logits != -jnp.inf
+        return cls(shifted, allowed.any(axis=1), allowed.any(axis=0), m, n)
 
-    def start(self, shift: Shift) -> Float[Array, " S"]:
+    def start(self) -> Float[Array, " S"]:
         """The column scaling that makes the first row step the softmax."""
-        return shift.n
+        return jnp.where(self.cols, self.n, 0)
 
     def row_step(self, c, a):
         """The row scaling with which the rows sum to `a`."""
@@ -182,9 +181,10 @@ class Log(NamedTuple):
         dz, _ = jax.lax.scan(col_term, dz, col_terms)
         return dz
 
-    def potentials(self, r, c, shift: Shift):
-        """F and g with plan = exp(logits + f + g); 0 for padding."""
-        return r - shift.m, c - shift.n
+    def potentials(self, r, c):
+        """Potentials f and g, plan = exp(logits + f + g); 0 for padding."""
+        f = jnp.where(self.rows, r - self.m, 0)
+        return f, jnp.where(self.cols, c - self.n, 0)
 
 
 Domain = Linear | Log

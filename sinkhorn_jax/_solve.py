@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._batch import any_in_batch
-from ._domain import Domain, Linear, Log, Shift, two_sided_shift
+from ._domain import Domain, Linear, Log
 from ._gradient import kept_iterations
 from ._iteration import History, is_representable, iterate, iterate_until
 from ._options import Options
@@ -20,27 +20,27 @@ from ._options import Options
 # Computes the logits. A call in either branch, instead of one result for both, lets the
 # linear branch overwrite them with the kernel matrix.
 Logits = Callable[[], Float[Array, "T S"]]
-Marginals = Callable[[Shift], tuple[Float[Array, " T"], Float[Array, " S"]]]
+Marginals = Callable[[Domain], tuple[Float[Array, " T"], Float[Array, " S"]]]
 
 
 class Solution(NamedTuple):
     """What the backward pass of one matrix needs besides its logits."""
 
     history: History
-    shift: Shift
     is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
 
 
 def solve(
     logits: Logits,
     marginals: Marginals,
-    output: Callable[[Domain, Shift, History, Array, Array], Any],
+    output: Callable[[Domain, History, Array, Array], Any],
     options: Options,
 ) -> tuple[Any, Solution]:
-    """Iterate, and return what `output` makes of the domain and the history."""
+    """Iterate, and return what `output` makes of domain, history and marginals."""
 
     def in_domain(domain):
-        start = domain.start(shift)
+        a, b = marginals(domain)
+        start = domain.start()
         if options.tolerance is None:
             history = iterate(domain, start, a, b, options.num_iters)
         else:
@@ -53,30 +53,24 @@ def solve(
                 options.tolerance,
                 options.finish,
             )
-        return output(domain, shift, history, a, b), history
+        return output(domain, history, a, b), history
 
-    z = logits()
-    shift = two_sided_shift(z)
-    a, b = marginals(shift)
-    linear = Linear.of(z, shift)
+    linear = Linear.of(logits())
     result = in_domain(linear)
-    is_linear = is_representable(linear, result[1], a, b)
-    out, history = _mended(
-        result, is_linear, lambda: in_domain(Log.of(logits(), shift))
-    )
+    is_linear = is_representable(linear, result[1], *marginals(linear))
+    out, history = _mended(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
-    return out, Solution(kept, shift, is_linear)
+    return out, Solution(kept, is_linear)
 
 
 def pull_back(
     logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
 ) -> Any:
     """Return `cotangents` of the domain that the solution is in."""
-    linear = Linear.of(logits(), solution.shift)
     return _mended(
-        cotangents(linear),
+        cotangents(Linear.of(logits())),
         solution.is_linear,
-        lambda: cotangents(Log.of(logits(), solution.shift)),
+        lambda: cotangents(Log.of(logits())),
     )
 
 

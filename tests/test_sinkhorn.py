@@ -19,7 +19,7 @@ from sinkhorn_jax import (
     sinkhorn,
     sinkhorn_potentials,
 )
-from sinkhorn_jax._domain import Linear, two_sided_shift
+from sinkhorn_jax._domain import Linear
 from sinkhorn_jax._iteration import is_representable, iterate
 from sinkhorn_jax._sinkhorn import IMPLEMENTATIONS
 
@@ -189,9 +189,8 @@ def test_logits_outside_the_linear_domain_are_noticed():
     named = hostile_logits(16)
 
     def fits(logits, num_iters):
-        shift = two_sided_shift(jnp.asarray(logits))
-        domain, ones = Linear.of(jnp.asarray(logits), shift), jnp.ones(16, "float32")
-        history = iterate(domain, domain.start(shift), ones, ones, num_iters)
+        domain, ones = Linear.of(jnp.asarray(logits)), jnp.ones(16, "float32")
+        history = iterate(domain, domain.start(), ones, ones, num_iters)
         return bool(is_representable(domain, history, ones, ones))
 
     assert fits(named["standard deviation 1"], 50)
@@ -428,16 +427,48 @@ def test_equal_shapes_do_not_compile_again(implementation):
 
 
 def test_converged_plans_agree_with_pot():
-    cost = np.asarray(jax.random.uniform(jax.random.key(0), (T, S)))
-    a, b = (np.asarray(x / x.sum()) for x in marginals())
-    expected = ot.sinkhorn(a, b, cost, reg=0.3, method="sinkhorn_log", stopThr=1e-14)
-    plan = sinkhorn(
-        jnp.asarray(-cost / 0.3),
-        500,
-        row_marginal=jnp.asarray(a),
-        col_marginal=jnp.asarray(b),
+    cost = jax.random.uniform(jax.random.key(0), (T, S), "float64")
+    a, b = (x / x.sum() for x in marginals())
+    expected = ot.sinkhorn(
+        *(np.asarray(x) for x in (a, b, cost)),
+        reg=0.3,
+        method="sinkhorn_log",
+        stopThr=1e-14,
     )
+    plan = sinkhorn(-cost / 0.3, 500, row_marginal=a, col_marginal=b)
     np.testing.assert_allclose(plan, expected, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_converged_plans_and_implicit_gradients_agree_with_ott():
+    cost = jax.random.uniform(jax.random.key(0), (T, S), "float64")
+    a, b = (x / x.sum() for x in marginals())
+    w = random(1, (T, S))
+
+    def ours(cost):
+        plan = sinkhorn(
+            -cost / 0.3,
+            500,
+            row_marginal=a,
+            col_marginal=b,
+            gradient=Implicit(1e-12),
+        )
+        return (plan * w).sum(), plan
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn as ott_sinkhorn
+
+        def theirs(cost):
+            geometry_ = geometry.Geometry(cost_matrix=cost, epsilon=0.3)
+            problem = linear_problem.LinearProblem(geometry_, a, b)
+            solver = ott_sinkhorn.Sinkhorn(threshold=1e-12, max_iterations=5000)
+            plan = solver(problem).matrix
+            return (plan * w).sum(), plan
+
+        expected = jax.jit(jax.grad(theirs, has_aux=True))(cost)
+    chex.assert_trees_all_close(jax.grad(ours, has_aux=True)(cost), expected, atol=1e-8)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -51,7 +51,7 @@ def prefer(problem: Problem, platform: str) -> bool:
 
 
 def _potentials(options, logits, a, b):
-    domain = Log(logits, a > 0, b > 0)
+    domain = _domain(logits, a, b)
     num_iters = _num_iters(options, logits, a, b)
     # What is older than the last `depth` iterations is a constant.
     depth = kept_iterations(options.gradient, options.num_iters)
@@ -86,12 +86,17 @@ def _potentials(options, logits, a, b):
     return Potentials(f, g, jax.lax.stop_gradient(error), jnp.int32(num_iters))
 
 
+def _domain(logits, a, b):
+    # Not shifted: the definition, to the letter.
+    return Log(logits, a > 0, b > 0, jnp.zeros_like(a), jnp.zeros_like(b))
+
+
 def _num_iters(options, logits, a, b):
     if options.tolerance is None:
         return options.num_iters
     logits, a, b = jax.lax.stop_gradient((logits, a, b))
     return iterate_until(
-        Log(logits, a > 0, b > 0),
+        _domain(logits, a, b),
         jnp.zeros_like(b),
         a,
         b,
@@ -113,7 +118,7 @@ def _at_the_fixed_point_jvp(gradient, primals, tangents):
     # P * (dZ + df + dg) summed over columns and over rows, are da and db.
     logits, a, b, f, g = primals
     dlogits, da, db, *_ = tangents
-    domain = Log(logits, a > 0, b > 0)
+    domain = _domain(logits, a, b)
     moved = domain.plan(f, g) * dlogits
     rows, cols = da - moved.sum(axis=1), db - moved.sum(axis=0)
     return (f, g), solve_marginals(domain, f, g, rows, cols, gradient)

@@ -58,8 +58,8 @@ def _plan(problem, logits, a, b):
 
 
 def _plan_fwd(problem, logits, a, b):
-    def output(domain, shift, history, a, b):
-        del shift, a, b
+    def output(domain, history, a, b):
+        del a, b
         return domain.plan(*history.end(problem.options.finish))
 
     return _forward(problem, output, logits, a, b)
@@ -95,8 +95,8 @@ def _potentials(problem, logits, a, b):
 
 
 def _potentials_fwd(problem, logits, a, b):
-    def output(domain, shift, history, a, b):
-        f, g = domain.potentials(*history.end(problem.options.finish), shift)
+    def output(domain, history, a, b):
+        f, g = domain.potentials(*history.end(problem.options.finish))
         error = marginal_error(domain, history, a, b, problem.options.finish)
         return Potentials(f, g, error, jnp.int32(history.num_iters))
 

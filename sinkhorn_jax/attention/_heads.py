@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._batch import map_and_add, map_matrices, matrices_in_flight
-from .._domain import PRECISION, Shift, accum_dtype
+from .._domain import PRECISION, Domain, accum_dtype
 from ._problem import (
     Operands,
     Problem,
@@ -92,9 +92,11 @@ class Heads:
             of_batch(self._operands.key_valid),
         )
 
-    def marginals(self, shift: Shift) -> tuple[Float[Array, " T"], Float[Array, " S"]]:
+    def marginals(
+        self, domain: Domain
+    ) -> tuple[Float[Array, " T"], Float[Array, " S"]]:
         """Row and column sums of the plan."""
-        return uniform_marginals(shift.rows, shift.cols, self.dtype)
+        return uniform_marginals(domain.rows, domain.cols, self.dtype)
 
     def keep(self, head: Int[Array, ""]) -> Float[Array, "T S"] | None:
         """What the plan is multiplied by for dropout; None without."""
@@ -105,28 +107,30 @@ class Heads:
         """`fn` of every head, as many at once as suit the device."""
         return map_matrices(fn, xs, self._in_flight)
 
-    def map_with_bias_sum(
-        self, fn: Callable[[Any], tuple[Any, Float[Array, "T S"]]], xs: Any
-    ) -> tuple[Any, Float[Array, "..."] | None]:
-        """`map` of the first result, and the second summed to the shape of the bias."""
+    def sum_to_bias(self, dlogits: Float[Array, "T S"]) -> Float[Array, "..."] | None:
+        """A head's part of the cotangent of the bias; None without bias."""
         bias = self._operands.bias
         if bias is None:
-            return self.map(lambda x: fn(x)[0], xs), None
+            return None
         axes = tuple(i for i in (0, 1) if bias.shape[2 + i] == 1)
+        return dlogits.sum(axis=axes, keepdims=True)
+
+    def map_and_sum_bias(
+        self, fn: Callable[[Any], tuple[Any, Float[Array, "..."] | None]], xs: Any
+    ) -> tuple[Any, Float[Array, "..."] | None]:
+        """`map` of the first result, and the sum of the heads' `sum_to_bias`."""
+        bias = self._operands.bias
+        if bias is None:
+            return self.map(fn, xs)
         batch, n = jnp.divmod(self.indices, self.problem.num_heads)
         slots = jnp.zeros_like(self.indices)
         if bias.shape[0] > 1:
             slots = slots + batch * bias.shape[1]
         if bias.shape[1] > 1:
             slots = slots + n
-
-        def fn_and_sum(x):
-            out, of_logits = fn(x)
-            return out, of_logits.sum(axis=axes, keepdims=True)
-
         # Summed on the way: all heads' terms together would be B * N times T * S.
         total = jnp.zeros((bias.shape[0] * bias.shape[1], *bias.shape[2:]), self.dtype)
-        out, total = map_and_add(fn_and_sum, xs, total, slots, self._in_flight)
+        out, total = map_and_add(fn, xs, total, slots, self._in_flight)
         return out, total.reshape(bias.shape).astype(bias.dtype)
 
     @property

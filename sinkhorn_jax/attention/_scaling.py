@@ -50,8 +50,7 @@ def _attend_fwd(problem, operands):
         q, k, v = heads.query(index), heads.key(index), heads.value(index)
         keep = heads.keep(index)
 
-        def output(domain, shift, history, a, b):
-            del shift
+        def output(domain, history, a, b):
             r, c = history.end(problem.options.finish)
             if keep is None:
                 out = domain.apply(r, c, v)
@@ -86,7 +85,7 @@ def _attend_bwd(problem, residuals, cotangents):
         keep = heads.keep(index)
 
         def in_domain(domain):
-            a, b = heads.marginals(solution.shift)
+            a, b = heads.marginals(domain)
             r, c = solution.history.end(problem.options.finish)
             dplan = _dot(do_t.T, v.T)
             if keep is None:
@@ -105,7 +104,7 @@ def _attend_bwd(problem, residuals, cotangents):
                 problem.options.finish,
             )
             dz = domain.pull_back(r, c, dplan, correction)
-            return (_dot(dz, k), _dot(q_t, dz), dv_t), dz
+            return (_dot(dz, k), _dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
 
         return pull_back(lambda: heads.logits(index, q, k), solution, in_domain)
 
@@ -116,7 +115,7 @@ def _attend_bwd(problem, residuals, cotangents):
         heads.split_transposed(operands.query.astype(heads.dtype) * problem.scale),
         heads.split(df),
     )
-    (dq, dk_t, dv_t), dbias = heads.map_with_bias_sum(head, inputs)
+    (dq, dk_t, dv_t), dbias = heads.map_and_sum_bias(head, inputs)
     return (
         Operands(
             query=heads.join(dq * problem.scale).astype(problem.dtype),
