@@ -1,0 +1,387 @@
+"""Does Sinkhorn attention slow rank collapse, and what do skips and MLPs do to it?
+
+    python -m experiments rank_decay
+
+On IMDb reviews, for softmax and Sinkhorn attention, with and without skip connections
+and MLPs, at initialisation and after a short training run.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sinkhorn_jax import collapse
+
+from . import pure_attention, rank_decay_figure, record, training
+from .data import Reviews, imdb
+from .models import Encoder, LayerNorm, column_defect, num_parameters, valid_tokens
+
+RESULTS = pathlib.Path("experiments") / "results"
+# Relative residuals below it are roundings: one of float32 in each token is 1e-7, and
+# a layer has several.
+FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that can change the result."""
+
+    depth: int = 6  # Layers.
+    width: int = 32  # Features of a token.
+    num_heads: int = 2  # Attention heads, a divisor of the width.
+    num_iters: int = 10  # Sinkhorn iterations of the Sinkhorn networks.
+    layer_norm: LayerNorm = "pre"  # Everywhere but in pure attention, which has none.
+    seq_len: int = 64  # Tokens of a review, from its start.
+    vocab_size: int = 4000  # Words, with padding and unknown.
+    num_train: int = 10_000  # Training reviews.
+    num_validation: int = 512  # Validation reviews, for the accuracy.
+    num_measured: int = 32  # Of these, reviews on which residuals are measured.
+    num_steps: int = 150  # Updates; 0 leaves the networks as initialised.
+    batch_size: int = 32  # Reviews of an update.
+    learning_rate: float = 1e-3  # Of Adam, at its peak.
+    seeds: tuple[int, ...] = (0, 1, 2)  # Initialisation and order of the reviews.
+    data_seed: int = 0  # Split of the reviews.
+    output: pathlib.Path = RESULTS / "rank_decay"  # Folder of the JSON and the figure.
+
+    def __post_init__(self):
+        least = dict.fromkeys(
+            ("depth", "width", "num_heads", "num_iters", "num_measured", "batch_size"),
+            1,
+        )
+        for name, bound in {**least, "seq_len": 2, "num_steps": 0}.items():
+            if (value := getattr(self, name)) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be distinct, at least one, got {self.seeds}.")
+        if self.num_measured > self.num_validation:
+            raise ValueError(
+                f"num_measured must not exceed num_validation, got {self.num_measured} "
+                f"and {self.num_validation}: the reviews are taken from these."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
+
+
+QUICK = Config(
+    depth=4,
+    num_train=1000,
+    num_validation=64,
+    num_measured=8,
+    num_steps=10,
+    batch_size=8,
+    seeds=(0, 1),
+    output=RESULTS / "rank_decay_quick",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of network."""
+
+    num_iters: int  # 0 is softmax.
+    has_skip: bool
+    has_mlp: bool
+    layer_norm: LayerNorm
+
+    @property
+    def normaliser(self) -> str:
+        """Name of the map from logits to attention weights."""
+        return "Sinkhorn" if self.num_iters else "softmax"
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether the layers are attention and nothing else."""
+        return not self.has_skip and not self.has_mlp and self.layer_norm == "none"
+
+    @property
+    def architecture(self) -> str:
+        """What surrounds the attention."""
+        if self.is_pure:
+            return "pure attention"
+        skip = "skip" if self.has_skip else "no skip"
+        return f"{skip}, {'MLP' if self.has_mlp else 'no MLP'}"
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """All networks to compare, the two normalisers of an architecture in a row."""
+    architectures = [
+        (has_skip, has_mlp, config.layer_norm)
+        for has_skip in (True, False)
+        for has_mlp in (True, False)
+    ]
+    if config.layer_norm != "none":
+        architectures.append((False, False, "none"))
+    for has_skip, has_mlp, layer_norm in architectures:
+        for num_iters in (0, config.num_iters):
+            yield Case(
+                num_iters=num_iters,
+                has_skip=has_skip,
+                has_mlp=has_mlp,
+                layer_norm=layer_norm,
+            )
+
+
+def run(config: Config) -> dict[str, object]:
+    """Trains and measures all cases; writes JSON and figure, prints a table.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        ValueError: The options do not fit together or the data.
+        ModuleNotFoundError: The reviews are not installed.
+    """
+    start = time.monotonic()
+    all_cases = list(cases(config))
+    for case in all_cases:
+        _encoder(case, config, config.vocab_size)  # Bad options fail before the work.
+    print("Reading and splitting the IMDb reviews.", file=sys.stderr)
+    dataset = imdb(
+        seq_len=config.seq_len,
+        vocab_size=config.vocab_size,
+        num_train=config.num_train,
+        num_validation=config.num_validation,
+        seed=config.data_seed,
+    )
+    runs = []
+    total = len(all_cases) * config.num_steps
+    with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as progress:
+        for case in all_cases:
+            progress.set_description(f"{case.architecture}, {case.normaliser}")
+            runs.append(_run_case(case, config, dataset, progress.update))
+    result = {
+        "question": "rank_decay",
+        "config": {**dataclasses.asdict(config), "output": str(config.output)},
+        "environment": record.environment(),
+        "definitions": DEFINITIONS,
+        "data": {
+            "vocab_size": dataset.vocab_size,
+            "mean_length": float(dataset.train.lengths.mean()),
+            "max_entropy": _max_entropy(dataset.validation, config),
+        },
+        "runs": runs,
+        "wall_time_s": round(time.monotonic() - start, 1),
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    json_path = config.output / "rank_decay.json"
+    json_path.write_text(_to_json(result))
+    figure_path = config.output / "rank_decay.png"
+    rank_decay_figure.draw(result, figure_path, floor=FLOAT32_FLOOR)
+    print(table(result))
+    print(f"\nTook {result['wall_time_s']:.0f} s. Wrote {json_path} and {figure_path}.")
+    return result
+
+
+def _to_json(result):
+    text = json.dumps(result, indent=1, allow_nan=False)
+    # The innermost lists, one line each.
+    pattern = r"\[\s+([^][{}\"]*?)\s+\]"
+    return re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+
+
+DEFINITIONS = {
+    "relative_residual": (
+        "Frobenius norm of the tokens less their mean, over that of the tokens, "
+        "without padding; median over the measured reviews; [seed][layer], 0 the "
+        "embedding. Computed in float32: what is below 5e-7 is rounding."
+    ),
+    "log10_relative_residual": (
+        "The same as decimal logarithms, from the log-scaled recursion in float64 on "
+        "the network's own weights; for pure attention only."
+    ),
+    "attention_entropy": (
+        "Nats; mean over rows, heads and measured reviews; [seed][layer]. At most "
+        "data.max_entropy, the mean logarithm of the lengths."
+    ),
+    "column_defect": (
+        "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
+        "heads and measured reviews; [seed][layer]. Rows sum to 1."
+    ),
+    "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
+}
+
+
+def _encoder(case, config, vocab_size):
+    return Encoder(
+        vocab_size=vocab_size,
+        seq_len=config.seq_len,
+        depth=config.depth,
+        width=config.width,
+        num_heads=config.num_heads,
+        num_iters=case.num_iters,
+        has_mlp=case.has_mlp,
+        layer_norm=case.layer_norm,
+    )
+
+
+def _max_entropy(reviews, config):
+    return float(np.log(reviews.lengths[: config.num_measured]).mean())
+
+
+def _run_case(case, config, dataset, on_step):
+    model = _encoder(case, config, dataset.vocab_size)
+    measured = dataset.validation.take(slice(config.num_measured))
+    # One program for all cases whose parameters have equal shapes.
+    stem = model.clone(num_iters=0)
+    params = training.init(stem, config.seeds, config.seq_len)
+    at_init = measure(model, params, measured, has_skip=case.has_skip)
+    trained, losses = training.train(
+        model,
+        params,
+        dataset.train,
+        has_skip=case.has_skip,
+        seeds=config.seeds,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        on_step=on_step,
+    )
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"The loss of {case.architecture}, {case.normaliser} became infinite or "
+            f"NaN with learning_rate={config.learning_rate}. Lower it."
+        )
+    accuracy = functools.partial(
+        training.accuracy, model, trained, has_skip=case.has_skip
+    )
+    some = dataset.train.take(slice(config.num_validation))
+    return {
+        "architecture": case.architecture,
+        "normaliser": case.normaliser,
+        **dataclasses.asdict(case),
+        "num_parameters": num_parameters(params) // len(config.seeds),
+        "train_loss": losses.tolist(),
+        "train_accuracy": accuracy(some).tolist(),
+        "validation_accuracy": accuracy(dataset.validation).tolist(),
+        "init": at_init,
+        "trained": measure(model, trained, measured, has_skip=case.has_skip),
+    }
+
+
+def measure(
+    model: Encoder, params: training.Params, reviews: Reviews, *, has_skip: bool
+) -> dict[str, list[list[float]]]:
+    """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
+    residual, entropy, defect, embedding = jax.device_get(
+        _observe(model, has_skip, params, reviews.tokens, reviews.lengths)
+    )
+    result = {
+        "relative_residual": np.median(residual, axis=2).tolist(),
+        "attention_entropy": entropy.tolist(),
+        "column_defect": defect.tolist(),
+    }
+    if not has_skip and not model.has_mlp and model.layer_norm == "none":
+        logs = _recursion(model, params, embedding, reviews.lengths)
+        result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(model, has_skip, params, tokens, lengths):
+    where = valid_tokens(lengths, tokens.shape[1])  # [B, T]
+    rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
+
+    def observe(params):
+        _, (hidden_states, plans) = model.apply(
+            {"params": params}, tokens, lengths, has_skip=has_skip, with_plans=True
+        )
+        return (
+            collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
+            collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
+            column_defect(plans, rows).mean(axis=(1, 2)),
+            hidden_states[0],
+        )
+
+    return jax.vmap(observe)(params)
+
+
+def _recursion(model, params, embedding, lengths):
+    """The residuals of pure attention, [S, B, L + 1], as decimal logarithms."""
+    kernels = jax.device_get(params["layers"]["attention"])
+    result = []
+    for seed, x in enumerate(embedding):
+        weights = pure_attention.Weights(
+            *(kernels[name]["kernel"][seed] for name in pure_attention.Weights._fields)
+        )
+        result.append(
+            [
+                pure_attention.log10_relative_residual(
+                    review[:length], weights, model.num_iters
+                )
+                for review, length in zip(x, lengths, strict=True)
+            ]
+        )
+    return np.array(result)
+
+
+def log10_residual(run: dict, phase: str) -> np.ndarray:
+    """Decimal logarithm of the relative residual, [S, L + 1]; -inf if it is zero."""
+    if "log10_relative_residual" in run[phase]:
+        return np.array(run[phase]["log10_relative_residual"])
+    with np.errstate(divide="ignore"):
+        return np.log10(run[phase]["relative_residual"])
+
+
+def table(result: dict) -> str:
+    """The last layer of every case, mean ± standard deviation over the seeds."""
+    floor = math.log10(FLOAT32_FLOOR)
+
+    def spread(values, digits):
+        values = np.asarray(values)
+        return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+    def residual(run, phase):
+        last = log10_residual(run, phase)[:, -1]
+        if "log10_relative_residual" not in run[phase] and last.mean() < floor:
+            return f"below {floor:.1f}"
+        return spread(last, 2)
+
+    header = (
+        "architecture",
+        "normaliser",
+        "log10 res, init",
+        "log10 res, trained",
+        "entropy, trained",
+        "defect, trained",
+        "train acc",
+        "val acc",
+    )
+    rows = [header]
+    for run in result["runs"]:
+        trained = run["trained"]
+        rows.append(
+            (
+                run["architecture"],
+                run["normaliser"],
+                residual(run, "init"),
+                residual(run, "trained"),
+                spread(np.array(trained["attention_entropy"])[:, -1], 2),
+                f"{np.max(trained['column_defect']):.1e}",
+                spread(run["train_accuracy"], 3),
+                spread(run["validation_accuracy"], 3),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    seeds = len(result["config"]["seeds"])
+    note = (
+        f"res: relative residual after layer {result['config']['depth']}; entropy: "
+        f"nats, same layer, at most {result['data']['max_entropy']:.2f};\ndefect: of "
+        f"the columns, largest over layers and seeds; ±: standard deviation over "
+        f"{seeds} seeds."
+    )
+    return "\n".join(line.rstrip() for line in lines) + "\n" + note

