@@ -172,15 +172,6 @@ def valid_tokens(lengths: Int[Array, " B"], seq_len: int) -> Bool[Array, "B T"]:
     return jnp.arange(seq_len, dtype=lengths.dtype)[None, :] < lengths[:, None]
 
 
-def column_defect(
-    plan: Float[Array, "*B T T"], where: Bool[Array, "*#B T"]
-) -> Float[Array, " *B"]:
-    """How far the columns are from summing to 1, over valid tokens; at most 2."""
-    defect = jnp.abs(plan.sum(axis=-2) - 1.0)
-    count = where.sum(axis=-1).astype(plan.dtype)
-    return jnp.where(where, defect, 0.0).sum(axis=-1) / jnp.maximum(count, 1.0)
-
-
 def num_parameters(params) -> int:
     """Trainable numbers."""
     return sum(x.size for x in jax.tree.leaves(params))

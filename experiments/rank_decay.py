@@ -2,8 +2,25 @@
 
     python -m experiments rank_decay
 
-On IMDb reviews, for softmax and Sinkhorn attention, with and without skip connections
-and MLPs, at initialisation and after a short training run.
+Follows the relative residual and the attention entropy layer by layer on IMDb reviews:
+softmax and Sinkhorn attention, with and without skip connections and MLPs, at
+initialisation and after a short training run. Tests the claim of Lapenna et al. that
+Sinkhorn preserves rank better than softmax in trained networks and that pure attention
+decays doubly exponentially under both. All hyperparameters are this module's own.
+
+Takes 5 minutes on 2 CPU cores, with --quick 45 seconds. As measured, after 6 layers:
+
+* Skip connections decide. With them 0.08 to 0.15 of the residual is left after
+  training; without, rounding of float32 by layer 5, under both normalisers.
+* At this size Sinkhorn preserves no more: after training 0.14 for both with MLPs, and
+  0.08 against softmax's 0.10 without. Its attention is nearer to uniform throughout.
+* Pure attention falls to 1e-1321 at initialisation under both, and after training to
+  1e-1155 (softmax) and 1e-1207 (Sinkhorn), the exponent tripling from layer to layer.
+* Networks reach 0.72 to 0.74 validation accuracy, but those with MLPs and without
+  skips only 0.50 to 0.56.
+
+After Dong et al. 2021, https://arxiv.org/abs/2103.03404, and Lapenna et al. 2026,
+https://arxiv.org/abs/2604.07925.
 """
 
 import dataclasses
@@ -16,20 +33,15 @@ import sys
 import time
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from sinkhorn_jax import collapse
-
-from . import pure_attention, rank_decay_figure, record, training
-from .data import Reviews, imdb
-from .models import Encoder, LayerNorm, column_defect, num_parameters, valid_tokens
+from . import rank_decay_figure, record, training
+from .data import imdb
+from .measures import DEFINITIONS, FLOAT32_FLOOR, measure
+from .models import Encoder, LayerNorm, num_parameters
 
 RESULTS = pathlib.Path("experiments") / "results"
-# Relative residuals below it are roundings: one of float32 in each token is 1e-7, and
-# a layer has several.
-FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,28 +201,6 @@ def _to_json(result):
     return re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
-DEFINITIONS = {
-    "relative_residual": (
-        "Frobenius norm of the tokens less their mean, over that of the tokens, "
-        "without padding; median over the measured reviews; [seed][layer], 0 the "
-        "embedding. Computed in float32: what is below 5e-7 is rounding."
-    ),
-    "log10_relative_residual": (
-        "The same as decimal logarithms, from the log-scaled recursion in float64 on "
-        "the network's own weights; for pure attention only."
-    ),
-    "attention_entropy": (
-        "Nats; mean over rows, heads and measured reviews; [seed][layer]. At most "
-        "data.max_entropy, the mean logarithm of the lengths."
-    ),
-    "column_defect": (
-        "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
-        "heads and measured reviews; [seed][layer]. Rows sum to 1."
-    ),
-    "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
-}
-
-
 def _encoder(case, config, vocab_size):
     return Encoder(
         vocab_size=vocab_size,
@@ -266,62 +256,6 @@ def _run_case(case, config, dataset, on_step):
         "init": at_init,
         "trained": measure(model, trained, measured, has_skip=case.has_skip),
     }
-
-
-def measure(
-    model: Encoder, params: training.Params, reviews: Reviews, *, has_skip: bool
-) -> dict[str, list[list[float]]]:
-    """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
-    residual, entropy, defect, embedding = jax.device_get(
-        _observe(model, has_skip, params, reviews.tokens, reviews.lengths)
-    )
-    result = {
-        "relative_residual": np.median(residual, axis=2).tolist(),
-        "attention_entropy": entropy.tolist(),
-        "column_defect": defect.tolist(),
-    }
-    if not has_skip and not model.has_mlp and model.layer_norm == "none":
-        logs = _recursion(model, params, embedding, reviews.lengths)
-        result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
-    return result
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _observe(model, has_skip, params, tokens, lengths):
-    where = valid_tokens(lengths, tokens.shape[1])  # [B, T]
-    rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
-
-    def observe(params):
-        _, (hidden_states, plans) = model.apply(
-            {"params": params}, tokens, lengths, has_skip=has_skip, with_plans=True
-        )
-        return (
-            collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
-            collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
-            column_defect(plans, rows).mean(axis=(1, 2)),
-            hidden_states[0],
-        )
-
-    return jax.vmap(observe)(params)
-
-
-def _recursion(model, params, embedding, lengths):
-    """The residuals of pure attention, [S, B, L + 1], as decimal logarithms."""
-    kernels = jax.device_get(params["layers"]["attention"])
-    result = []
-    for seed, x in enumerate(embedding):
-        weights = pure_attention.Weights(
-            *(kernels[name]["kernel"][seed] for name in pure_attention.Weights._fields)
-        )
-        result.append(
-            [
-                pure_attention.log10_relative_residual(
-                    review[:length], weights, model.num_iters
-                )
-                for review, length in zip(x, lengths, strict=True)
-            ]
-        )
-    return np.array(result)
 
 
 def log10_residual(run: dict, phase: str) -> np.ndarray:

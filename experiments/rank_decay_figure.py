@@ -33,6 +33,7 @@ def draw(result: dict, path: pathlib.Path, *, floor: float) -> None:
         path: Of the file.
         floor: Relative residuals below it are roundings.
     """
+    maximum = result["data"]["max_entropy"]
     names = list(dict.fromkeys(run["architecture"] for run in result["runs"]))
     with plt.rc_context({"font.size": 10, "axes.titlesize": 11, "savefig.dpi": 150}):
         figure, axes = plt.subplots(
@@ -49,14 +50,17 @@ def draw(result: dict, path: pathlib.Path, *, floor: float) -> None:
                 _residuals_below_float64(top, runs)
             else:
                 _residuals(top, runs, floor)
-            _entropies(bottom, runs, result["data"]["max_entropy"])
+            _entropies(bottom, runs, maximum)
             top.set_title(_title(runs[0]))
             for axis in (top, bottom):
                 axis.spines[["top", "right"]].set_visible(False)
                 axis.grid(alpha=0.25, linewidth=0.6)
                 axis.xaxis.get_major_locator().set_params(integer=True)
             bottom.set_xlabel("layer")
-        _share_limits(axes[1])
+        # Else the panel whose entropies differ by 1e-6 would show them as different.
+        least = min(axis.get_ylim()[0] for axis in axes[1])
+        for axis in axes[1]:
+            axis.set_ylim(least, maximum + 0.05 * (maximum - least))
         axes[0, 0].set_ylabel("relative residual ‖res(X)‖ / ‖X‖")
         axes[1, 0].set_ylabel("attention entropy (nats)")
         _legend(figure, result)
@@ -101,7 +105,7 @@ def _residuals_below_float64(axis, runs):
     axis.yaxis.set_major_formatter(lambda y, _: f"$10^{{-{y:g}}}$")
     for value, name, x, align in (
         (FLOAT64.eps, "float64 rounding", 0.98, "right"),
-        (FLOAT64.tiny, "least normal float64", 0.03, "left"),
+        (FLOAT64.tiny, "float64 range", 0.03, "left"),
     ):
         y = -np.log10(value)
         axis.axhline(y, color=GREY, linewidth=0.8)
@@ -138,13 +142,6 @@ def _curve(axis, values, run, phase, start=0):
         linewidth=0,
     )
     axis.plot(layers, np.median(values, axis=0), markersize=4, linewidth=1.4, **style)
-
-
-def _share_limits(axes):
-    # Else the panel whose entropies differ by 1e-6 would show them as different.
-    limits = np.array([axis.get_ylim() for axis in axes])
-    for axis in axes:
-        axis.set_ylim(min(limits[:, 0]), max(limits[:, 1]))
 
 
 def _legend(figure, result):

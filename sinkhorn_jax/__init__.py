@@ -1,5 +1,6 @@
 """Doubly stochastic attention and a differentiable Sinkhorn in JAX."""
 
+from . import collapse as collapse
 from ._gradient import Exact as Exact
 from ._gradient import Implicit as Implicit
 from ._gradient import Truncated as Truncated

@@ -23,7 +23,7 @@ def select(table: Mapping[str, Implementation], name: str | None, problem: Any) 
             for entry in table.values()
             if entry.why_not(problem) is None and entry.prefer(problem, platform)
         )
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(
             f"Unknown implementation {name!r}; expected None or one of {list(table)}."
         )

@@ -2,9 +2,8 @@
 
 Both classes offer the same operations, so the iteration and its reverse sweep are
 written once. `r` and `c` are the row and column scalings: factors of the kernel matrix
-in `Linear`, their logarithms in `Log`. A padded row or column has an empty support and
-its marginal must be zero; its scaling stays at the domain's zero mass (0) or neutral
-(log: 0) value and its plan entries are exactly zero.
+in `Linear`, their logarithms in `Log`. A padded row or column has no allowed entry and
+its marginal must be zero; its scaling is 0 in both and its plan entries are zero.
 """
 
 from typing import NamedTuple
@@ -26,8 +25,8 @@ def accum_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def _two_sided_shift(logits):
     """Subtract the row maxima, then the column maxima of what remains.
 
-    A row shift alone lets a column underflow as a whole. After both, every sum of the
-    iteration has a term that cannot vanish.
+    A row shift alone lets a column underflow as a whole. After both, every row and
+    every column has a 0, so that no sum of the first iteration can vanish.
     """
     # Where all is -inf, for padding, the least number instead: a `where`, or any other
     # use of the maxima, would make XLA write logits - m to memory for their sake.
@@ -93,6 +92,16 @@ class Linear(NamedTuple):
         """The plan with these scalings."""
         return self.kernel * (r[:, None] * c[None, :])
 
+    def row_sums(self, r, c, a):
+        """Of the plan after a row step towards `a`: exact here."""
+        del r, c
+        return a
+
+    def col_sums(self, r, c, b):
+        """Of the plan after a column step towards `b`: exact here."""
+        del r, c
+        return b
+
     def apply(self, r, c, x):
         """Plan times a vector (S,) or matrix (S, D)."""
         return _col(r, x) * _dot(self.kernel, _col(c, x) * x)
@@ -153,6 +162,20 @@ class Log(NamedTuple):
     def plan(self, r, c):
         """The plan with these scalings."""
         return jnp.exp(self.logits + r[:, None] + c[None, :])
+
+    def row_sums(self, r, c, a):
+        """Of the plan after a row step towards `a`.
+
+        Off from it by as much as the scalings are rounded, always to the same side:
+        over many steps of a reverse sweep that adds up.
+        """
+        del a
+        return self.plan(r, c).sum(axis=1)
+
+    def col_sums(self, r, c, b):
+        """Of the plan after a column step towards `b`; see `row_sums`."""
+        del b
+        return self.plan(r, c).sum(axis=0)
 
     def apply(self, r, c, x):
         """Plan times a vector (S,) or matrix (S, D)."""

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ._checks import integer, number
 from ._domain import Correction, Domain
 from ._iteration import Finish, History
 
@@ -43,7 +43,7 @@ class Truncated:
     num_iters: int
 
     def __post_init__(self):
-        object.__setattr__(self, "num_iters", _index("num_iters", self.num_iters))
+        object.__setattr__(self, "num_iters", integer("num_iters", self.num_iters))
         if self.num_iters < 0:
             raise ValueError(
                 f"Truncated.num_iters must not be negative, got {self.num_iters}: it "
@@ -56,11 +56,12 @@ class Implicit:
     """At the fixed point, by the implicit function theorem, whatever path led there.
 
     Solves one linear system with the plan by conjugate gradients, the direction
-    (f + t, g - t) that leaves the plan alone removed. Needs no history. It takes the
+    (f + t, g - t) that leaves the plan alone removed. Keeps no history. It takes the
     returned plan for the converged one: with an iteration stopped early it is the
     gradient of something that was not computed, and the error is of the order of the
-    marginal error. Where the plan falls apart into blocks that hardly exchange mass the
-    system is nearly singular and the answer inaccurate.
+    marginal error. Where the plan falls apart into blocks that hardly exchange mass, or
+    is nearly a permutation, the system is nearly singular and the answer inaccurate, in
+    float32 even NaN.
 
     Attributes:
         tolerance: Relative residual at which the solver stops, positive. In float32
@@ -68,7 +69,7 @@ class Implicit:
         max_iters: Most steps of the solver, at least 1.
 
     Raises:
-        TypeError: `max_iters` is not an integer.
+        TypeError: `max_iters` is not an integer or `tolerance` not a number.
         ValueError: `tolerance` is not positive and finite, or `max_iters` is below 1.
     """
 
@@ -76,12 +77,13 @@ class Implicit:
     max_iters: int = 1000
 
     def __post_init__(self):
+        object.__setattr__(self, "tolerance", number("tolerance", self.tolerance))
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(
                 "Implicit.tolerance must be positive and finite, got "
                 f"{self.tolerance}: it is the relative residual to stop at."
             )
-        object.__setattr__(self, "max_iters", _index("max_iters", self.max_iters))
+        object.__setattr__(self, "max_iters", integer("max_iters", self.max_iters))
         if self.max_iters < 1:
             raise ValueError(
                 f"Implicit.max_iters must be at least 1, got {self.max_iters}."
@@ -138,20 +140,27 @@ def _reverse_sweep(domain, history, df, dg, a, b, finish):
     of iterations that a tolerance left out stay zero.
     """
     r, c, num_iters = history.r, history.c, history.num_iters
-    inverse_a = jnp.where(domain.rows, 1 / jnp.where(domain.rows, a, 1), 0)
-    inverse_b = jnp.where(domain.cols, 1 / jnp.where(domain.cols, b, 1), 0)
     row_weight, col_weight = jnp.zeros_like(r), jnp.zeros_like(c)
+
+    def of_row_step(k, df):
+        sums = domain.row_sums(r[k], c[k], a)
+        return jnp.where(domain.rows, df / jnp.where(domain.rows, sums, 1), 0)
+
+    def of_col_step(k, dg):
+        sums = domain.col_sums(r[k - 1], c[k], b)
+        return jnp.where(domain.cols, dg / jnp.where(domain.cols, sums, 1), 0)
+
     if finish == "rows":
-        row_weight = row_weight.at[num_iters].set(df * inverse_a)
+        row_weight = row_weight.at[num_iters].set(of_row_step(num_iters, df))
         df = jnp.zeros_like(df)
 
     def undo_full_iteration(i, carry):
         k = num_iters - i
         row_weight, col_weight, df, dg = carry
         dg = dg - domain.apply_left(row_weight[k], r[k], c[k])
-        col_weight = col_weight.at[k].set(dg * inverse_b)
+        col_weight = col_weight.at[k].set(of_col_step(k, dg))
         df = df - domain.apply(r[k - 1], c[k], col_weight[k])
-        row_weight = row_weight.at[k - 1].set(df * inverse_a)
+        row_weight = row_weight.at[k - 1].set(of_row_step(k - 1, df))
         # The cotangents from outside reach only the potentials of the result.
         return row_weight, col_weight, jnp.zeros_like(df), jnp.zeros_like(dg)
 
@@ -203,12 +212,3 @@ def solve_marginals(
         schur_complement, rhs, conjugate_gradients, symmetric=True
     )
     return jnp.where(domain.rows, (rows - domain.apply(r, c, y)) / a, 0), y
-
-
-def _index(name: str, value: int) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type(value).__name__}."
-        ) from None

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-import operator
 from typing import get_args
 
+from ._checks import integer, number
 from ._gradient import Exact, Gradient
 from ._iteration import Finish
 
@@ -19,19 +19,7 @@ class Options:
     tolerance: float | None = None
 
     def __post_init__(self):
-        if isinstance(self.num_iters, bool):
-            num_iters = None
-        else:
-            try:
-                num_iters = operator.index(self.num_iters)
-            except TypeError:
-                num_iters = None
-        if num_iters is None:
-            raise TypeError(
-                "num_iters must be an integer known at trace time, got "
-                f"{self.num_iters!r} of type {type(self.num_iters).__name__}: it sets "
-                "the length of a loop. Mark it static under jit."
-            )
+        num_iters = integer("num_iters", self.num_iters)
         object.__setattr__(self, "num_iters", num_iters)
         if num_iters < 0:
             raise ValueError(
@@ -57,11 +45,12 @@ class Options:
                 "Truncated(0) differentiates the last row step alone, and finish="
                 "'columns' has none. Use Truncated(1) or finish='rows'."
             )
-        if self.tolerance is not None and not (
-            math.isfinite(self.tolerance) and self.tolerance >= 0
-        ):
+        if self.tolerance is None:
+            return
+        tolerance = number("tolerance", self.tolerance)
+        object.__setattr__(self, "tolerance", tolerance)
+        if not (math.isfinite(tolerance) and tolerance >= 0):
             raise ValueError(
-                "tolerance must be a finite number, not negative, got "
-                f"{self.tolerance}: it is the marginal error to stop at. None runs "
-                "all iterations."
+                f"tolerance must be a finite number, not negative, got {tolerance}: it "
+                "is the marginal error to stop at. None runs all iterations."
             )

@@ -15,7 +15,7 @@ from ._gradient import Exact, Gradient
 from ._iteration import Finish
 from ._options import Options
 from ._sinkhorn import sinkhorn
-from .attention._api import CAUSAL, attend
+from .attention._api import CAUSAL, attend, check_scale
 
 
 def attention_fn(
@@ -57,6 +57,7 @@ def attention_fn(
             a traced one, under `jit` as an argument, cannot be examined.
     """
     options = Options(num_iters, finish, gradient)
+    scale = None if scale is None else check_scale(scale)
 
     def sinkhorn_attention_fn(
         query: Float[Array, "*batch T N H"],

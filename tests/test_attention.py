@@ -262,6 +262,19 @@ def test_without_batch_axis(implementation):
     chex.assert_trees_all_equal((out[None], error[None]), batched)
 
 
+@implementations
+def test_lengths_of_a_narrow_type_and_an_empty_batch(implementation):
+    solve = functools.partial(
+        sinkhorn_attention, implementation=implementation, num_iters=1
+    )
+    query, key, value = problem(t=300, h=2)
+    lengths = jnp.array([200, 3], "uint8")
+    out = solve(query, key, value, query_seq_lengths=lengths)
+    assert (abs(out).sum((2, 3)) > 0).sum(1).tolist() == [200, 3]
+    out, error = solve(query[:0], key[:0], value[:0], return_marginal_error=True)
+    chex.assert_shape((out, error), ((0, 300, N, D), (0, N)))
+
+
 def test_dropout_is_the_same_in_every_implementation_and_unbiased():
     operands = problem()
     options = {"dropout_rate": 0.25, "dropout_rng": jax.random.key(3), "num_iters": 3}
@@ -454,6 +467,8 @@ class TestBadInput:
             ({"dropout_rate": 0.1}, ValueError, "needs dropout_rng"),
             ({"dropout_rate": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
             ({"scale": jnp.ones(N)}, TypeError, "multiply the query"),
+            ({"scale": "big"}, TypeError, "multiply the query"),
+            ({"scale": float("nan")}, ValueError, "finite"),
         ],
     )
     def test_options(self, options, error, says):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command
-from experiments import models, pure_attention, rank_decay, record, training
+from experiments import measures, models, pure_attention, rank_decay, record, training
 from experiments.data import text
 from experiments.models import Encoder
 from experiments.pure_attention import Weights, log10_relative_residual
@@ -171,7 +171,7 @@ def test_the_plan_is_the_one_that_attention_applies(num_iters, key):
     expected = np.einsum("bnts,bsnh->btnh", plan, v)
     np.testing.assert_allclose(out, expected, atol=ATOL)
     where = models.valid_tokens(lengths, 6)[:, None]
-    defect = models.column_defect(plan, where)
+    defect = measures.column_defect(plan, where)
     by_hand = [np.abs(plan[1, n, :3, :3].sum(0) - 1).sum() / 3 for n in range(2)]
     np.testing.assert_allclose(defect[1], by_hand, atol=ATOL)
 
@@ -379,18 +379,18 @@ def test_rank_decay_from_its_options_to_its_files(tmp_path, capsys):
         for name in ("train_accuracy", "validation_accuracy"):
             assert np.shape(run[name]) == (2,)
         for phase in ("init", "trained"):
-            measures = run[phase]
-            assert np.shape(measures["relative_residual"]) == (2, 3)
-            assert np.shape(measures["attention_entropy"]) == (2, 2)
-            assert np.shape(measures["column_defect"]) == (2, 2)
-            assert all(np.isfinite(values).all() for values in measures.values())
-            entropy = np.array(measures["attention_entropy"])
+            measured = run[phase]
+            assert np.shape(measured["relative_residual"]) == (2, 3)
+            assert np.shape(measured["attention_entropy"]) == (2, 2)
+            assert np.shape(measured["column_defect"]) == (2, 2)
+            assert all(np.isfinite(values).all() for values in measured.values())
+            entropy = np.array(measured["attention_entropy"])
             assert (entropy <= loaded["data"]["max_entropy"] + ATOL).all()
             is_pure = run["architecture"] == "pure attention"
-            assert ("log10_relative_residual" in measures) == is_pure
+            assert ("log10_relative_residual" in measured) == is_pure
             if is_pure:  # Float32 sees the first layer, and the recursion agrees.
-                logs = np.log10(np.array(measures["relative_residual"])[:, :2])
-                recursion = np.array(measures["log10_relative_residual"])
+                logs = np.log10(np.array(measured["relative_residual"])[:, :2])
+                recursion = np.array(measured["log10_relative_residual"])
                 np.testing.assert_allclose(logs, recursion[:, :2], atol=0.05)
                 assert (recursion[:, 2] < -7).all()
     pairs = {(run["architecture"], run["normaliser"]) for run in loaded["runs"]}
@@ -409,7 +409,7 @@ def test_measures_leave_padding_out():
     lengths = np.array([4, 4], np.int32)
     tokens = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 0, 0]], np.int32)
     measured = [
-        rank_decay.measure(
+        measures.measure(
             model,
             params,
             text.Reviews(tokens=t, lengths=lengths, labels=lengths),

@@ -289,6 +289,18 @@ def test_gradients_agree_with_finite_differences(implementation):
     check_grads(jax.jit(loss), (logits, a, b), order, modes)
 
 
+def test_large_cotangents_stay_in_range():
+    logits = jnp.stack([jnp.asarray(x) for x in hostile_logits(16).values()])
+    weights = random(1, logits.shape, "float32")
+
+    def gradient(size):
+        loss = lambda z: (sinkhorn(z, 50) * weights * size).sum()
+        return jax.grad(loss)(logits) / size
+
+    sizes = jnp.float32(1), jnp.float32(1e20)
+    chex.assert_trees_all_close(*map(gradient, sizes), atol=1e-6)
+
+
 def test_truncated_to_all_iterations_is_exact():
     logits = random(0, (T, S))
 
@@ -389,6 +401,12 @@ def test_the_reference_has_forward_mode_and_hessians():
     chex.assert_trees_all_close(
         jax.jacfwd(implicit)(logits), jax.jacrev(implicit)(logits), atol=1e-12
     )
+    converged = functools.partial(sinkhorn, num_iters=100, implementation="reference")
+    second = [
+        jax.hessian(lambda z, m=m: (converged(z, gradient=m) ** 3).sum())(logits)
+        for m in (Implicit(1e-12), Exact())
+    ]
+    chex.assert_trees_all_close(*second, atol=1e-10)
 
 
 def test_scaling_says_that_it_has_no_forward_mode():
@@ -521,10 +539,14 @@ class TestBadInput:
         with pytest.raises(error, match=says):
             sinkhorn(logits)
 
-    @pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
-    def test_tolerance(self, tolerance):
-        with pytest.raises(ValueError, match="tolerance"):
-            sinkhorn_potentials(jnp.asarray(self.logits), tolerance=tolerance)
+    def test_tolerance(self):
+        logits = jnp.asarray(self.logits)
+        for tolerance in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match="tolerance"):
+                sinkhorn_potentials(logits, tolerance=tolerance)
+        with pytest.raises(TypeError, match="tolerance must be a number"):
+            sinkhorn_potentials(logits, tolerance="small")
+        sinkhorn_potentials(logits, tolerance=np.float32(0.1))
 
     def test_gradients(self):
         with pytest.raises(ValueError, match="negative, got -1"):
@@ -533,3 +555,5 @@ class TestBadInput:
             Implicit(0.0)
         with pytest.raises(ValueError, match="at least 1"):
             Implicit(max_iters=0)
+        with pytest.raises(TypeError, match="integer"):
+            Truncated(True)

@@ -71,7 +71,8 @@ def sinkhorn(
 
     Args:
         logits: Any leading axes, T rows and S columns, floating. -inf means the same as
-            False in `where`.
+            False in `where`. A large negative number does not: in a whole column it
+            cancels, and the column gets its full mass.
         num_iters: Column-then-row normalisations, a Python integer. Time is linear in
             it.
         row_marginal: Row sums, positive, broadcast to (..., T). Default: 1, or with
@@ -222,7 +223,7 @@ def _marginal(name, marginal, valid, dtype):
         ok = ~valid | ((marginal > 0) & jnp.isfinite(marginal))
         if not ok.all():
             raise ValueError(
-                f"{name} must be positive and finite, got a minimum of "
+                f"{name} must be positive, normal and finite, got a minimum of "
                 f"{jnp.where(valid, marginal, jnp.inf).min()}: a row or column without "
                 "mass has no potential. Exclude it through `where` instead."
             )

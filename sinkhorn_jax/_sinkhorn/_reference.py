@@ -116,8 +116,10 @@ def _at_the_fixed_point(gradient, logits, a, b, f, g):
 def _at_the_fixed_point_jvp(gradient, primals, tangents):
     # The marginals of P = exp(Z + f + g) stay at a and b, so their tangents,
     # P * (dZ + df + dg) summed over columns and over rows, are da and db.
-    logits, a, b, f, g = primals
+    logits, a, b, *_ = primals
     dlogits, da, db, *_ = tangents
+    # Not the f and g of the primals, which are constants: this has a derivative too.
+    f, g = _at_the_fixed_point(gradient, *primals)
     domain = _domain(logits, a, b)
     moved = domain.plan(f, g) * dlogits
     rows, cols = da - moved.sum(axis=1), db - moved.sum(axis=0)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from .._batch import map_matrices, matrices_in_flight
 from .._gradient import adjoint
 from .._iteration import marginal_error
-from .._solve import pull_back, solve
+from .._solve import pull_back, solve, to_unit
 from ._problem import Potentials, Problem
 
 
@@ -104,14 +104,14 @@ def _potentials_fwd(problem, logits, a, b):
 
 
 def _potentials_bwd(problem, residuals, cotangent):
-    def cotangents(domain, history, a, b, potentials):
+    def cotangents(domain, history, a, b, dpotentials):
         r, c = history.end(problem.options.finish)
         correction = adjoint(
             problem.options.gradient,
             domain,
             history,
-            potentials.f,
-            potentials.g,
+            dpotentials.f,
+            dpotentials.g,
             a,
             b,
             problem.options.finish,
@@ -142,15 +142,17 @@ def _forward(problem, output, logits, a, b):
 def _backward(problem, cotangents, residuals, cotangent):
     def one(matrix):
         (logits, a, b, solution), cotangent = matrix
+        # The pull-back is linear; a large cotangent must not take factors out of range.
+        unit, size = to_unit(cotangent)
 
         def in_domain(domain):
-            dlogits, correction = cotangents(domain, solution.history, a, b, cotangent)
+            dlogits, correction = cotangents(domain, solution.history, a, b, unit)
             # f = log a - ..., so each row step adds its weight to d a; so for columns.
             da, db = (
                 correction.row_weight.sum(axis=0),
                 correction.col_weight.sum(axis=0),
             )
-            return dlogits, da, db
+            return dlogits * size, da * size, db * size
 
         return pull_back(lambda: logits, solution, in_domain)
 

@@ -7,9 +7,11 @@ from typing import Final
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
+from .._checks import number
 from .._dispatch import Implementation, select
+from .._domain import accum_dtype
 from .._gradient import Exact, Gradient
 from .._iteration import Finish
 from .._options import Options
@@ -27,6 +29,12 @@ IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     }
 )
 
+CAUSAL: Final = (
+    "{} leaves the identity as the only doubly stochastic plan, so every "
+    "token would attend to itself alone. For causal attention use "
+    "jax.nn.dot_product_attention."
+)
+
 
 def sinkhorn_attention(
     query: Float[Array, "*B T N H"],  # *B is (B,) or ().
@@ -38,8 +46,8 @@ def sinkhorn_attention(
     num_iters: int = 10,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Int[Array, " B"] | None = None,
-    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    query_seq_lengths: Integer[Array, " B"] | None = None,
+    key_value_seq_lengths: Integer[Array, " B"] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     finish: Finish = "rows",
@@ -69,7 +77,8 @@ def sinkhorn_attention(
         key: Keys. S key length; K heads, a divisor of N.
         value: Values. D may differ from H.
         bias: Added to the logits; up to 4 axes, broadcasts to (B, N, T, S). -inf
-            excludes an entry like the mask.
+            excludes an entry like the mask. A large negative number does not: in a
+            whole column it cancels, and the column gets its full mass.
         mask: True where a query may attend to a key; boolean, shaped like `bias`. Where
             the allowed entries admit no doubly stochastic plan the iteration cannot
             converge, and the marginal error shows it.
@@ -156,7 +165,7 @@ def attend(
         raise ValueError(CAUSAL.format("is_causal=True"))
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     _check_arrays(query, key, value)
-    dropout_rate = _number("dropout_rate", dropout_rate)
+    dropout_rate = number("dropout_rate", dropout_rate)
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}.")
     if dropout_rate > 0 and dropout_rng is None:
@@ -179,7 +188,7 @@ def attend(
         value_dim=value_dim,
         dtype=query.dtype,
         options=options,
-        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
+        scale=1 / math.sqrt(head_dim) if scale is None else check_scale(scale),
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,
         return_marginal_error=return_marginal_error,
@@ -195,17 +204,15 @@ def attend(
         _valid("key_value_seq_lengths", key_value_seq_lengths, batch, s),
         dropout_rng if dropout_rate > 0 else None,
     )
-    out, error = select(IMPLEMENTATIONS, implementation, problem)(problem, operands)
+    run = select(IMPLEMENTATIONS, implementation, problem)
+    if batch == 0:
+        out = jnp.zeros((0, t, num_heads, value_dim), query.dtype)
+        error = jnp.zeros((0, num_heads), accum_dtype(query.dtype))
+        return out, error if return_marginal_error else None
+    out, error = run(problem, operands)
     if not is_batched:
         out, error = jax.tree.map(lambda x: x[0], (out, error))
     return out, error
-
-
-CAUSAL: Final = (
-    "{} leaves the identity as the only doubly stochastic plan, so every "
-    "token would attend to itself alone. For causal attention use "
-    "jax.nn.dot_product_attention."
-)
 
 
 def _check_arrays(query, key, value):
@@ -284,16 +291,16 @@ def _valid(name, lengths, batch, length):
             f"{name} must have shape ({batch},), one length for each batch element, "
             f"got shape {lengths.shape}."
         )
-    return jnp.arange(length, dtype=lengths.dtype)[None, :] < lengths[:, None]
+    # In int32: positions need not fit the lengths' own type.
+    return (
+        jnp.arange(length, dtype=jnp.int32)[None, :]
+        < lengths.astype(jnp.int32)[:, None]
+    )
 
 
-def _number(name, value):
-    try:
-        return float(value)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise TypeError(
-            f"{name} must be a Python number known at trace time, got {value!r}. For a "
-            "traced or per-head temperature multiply the query instead."
-            if name == "scale"
-            else f"{name} must be a Python number known at trace time, got {value!r}."
-        ) from None
+def check_scale(scale: float) -> float:
+    """The scale as a finite Python float."""
+    hint = "For a traced or per-head temperature multiply the query instead."
+    if not math.isfinite(scale := number("scale", scale, hint)):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return scale

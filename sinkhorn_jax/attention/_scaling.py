@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from .._domain import PRECISION
 from .._gradient import adjoint
 from .._iteration import marginal_error
-from .._solve import pull_back, solve
+from .._solve import pull_back, solve, to_unit
 from ._heads import Heads
 from ._problem import Operands, Problem
 
@@ -80,7 +80,9 @@ def _attend_bwd(problem, residuals, cotangents):
     df = (dout * out).sum(axis=-1)
 
     def head(inputs):
-        index, solution, do_t, q_t, df = inputs
+        index, solution, q_t, cotangent = inputs
+        # The pull-back is linear; a large cotangent must not take factors out of range.
+        (do_t, df), size = to_unit(cotangent)
         q, k, v = heads.query(index), heads.key(index), heads.value(index)
         keep = heads.keep(index)
 
@@ -104,16 +106,16 @@ def _attend_bwd(problem, residuals, cotangents):
                 problem.options.finish,
             )
             dz = domain.pull_back(r, c, dplan, correction)
-            return (_dot(dz, k), _dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
+            grads = (_dot(dz, k), _dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
+            return jax.tree.map(lambda x: x * size, grads)
 
         return pull_back(lambda: heads.logits(index, q, k), solution, in_domain)
 
     inputs = (
         heads.indices,
         solution,
-        heads.split_transposed(dout),
         heads.split_transposed(operands.query.astype(heads.dtype) * problem.scale),
-        heads.split(df),
+        (heads.split_transposed(dout), heads.split(df)),
     )
     (dq, dk_t, dv_t), dbias = heads.map_and_sum_bias(head, inputs)
     return (

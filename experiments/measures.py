@@ -1,0 +1,107 @@
+"""Rank and entropy collapse of a stack of encoders, layer by layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sinkhorn_jax import collapse
+
+from . import pure_attention
+from .data import Reviews
+from .models import Encoder, valid_tokens
+from .training import Params
+
+# Relative residuals below it are roundings: one of float32 in each token is 1e-7, and
+# a layer has several.
+FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
+
+
+# What `measure` returns, for the JSON of a result.
+DEFINITIONS = {
+    "relative_residual": (
+        "Frobenius norm of the tokens less their mean, over that of the tokens, "
+        "without padding; median over the measured reviews; [seed][layer], 0 the "
+        "embedding. Computed in float32: what is below 5e-7 is rounding."
+    ),
+    "log10_relative_residual": (
+        "The same as decimal logarithms, from the log-scaled recursion in float64 on "
+        "the network's own weights; for pure attention only."
+    ),
+    "attention_entropy": (
+        "Nats; mean over rows, heads and measured reviews; [seed][layer]. At most "
+        "data.max_entropy, the mean logarithm of the lengths."
+    ),
+    "column_defect": (
+        "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
+        "heads and measured reviews; [seed][layer]. Rows sum to 1."
+    ),
+    "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
+}
+
+
+def measure(
+    model: Encoder, params: Params, reviews: Reviews, *, has_skip: bool
+) -> dict[str, list[list[float]]]:
+    """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
+    residual, entropy, defect, embedding = jax.device_get(
+        _observe(model, has_skip, params, reviews.tokens, reviews.lengths)
+    )
+    result = {
+        "relative_residual": np.median(residual, axis=2).tolist(),
+        "attention_entropy": entropy.tolist(),
+        "column_defect": defect.tolist(),
+    }
+    if not has_skip and not model.has_mlp and model.layer_norm == "none":
+        logs = _recursion(model, params, embedding, reviews.lengths)
+        result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(model, has_skip, params, tokens, lengths):
+    where = valid_tokens(lengths, tokens.shape[1])  # [B, T]
+    rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
+
+    def observe(params):
+        _, (hidden_states, plans) = model.apply(
+            {"params": params}, tokens, lengths, has_skip=has_skip, with_plans=True
+        )
+        return (
+            collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
+            collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
+            column_defect(plans, rows).mean(axis=(1, 2)),
+            hidden_states[0],
+        )
+
+    return jax.vmap(observe)(params)
+
+
+def _recursion(model, params, embedding, lengths):
+    """The residuals of pure attention, [S, B, L + 1], as decimal logarithms."""
+    kernels = jax.device_get(params["layers"]["attention"])
+    result = []
+    for seed, x in enumerate(embedding):
+        weights = pure_attention.Weights(
+            *(kernels[name]["kernel"][seed] for name in pure_attention.Weights._fields)
+        )
+        result.append(
+            [
+                pure_attention.log10_relative_residual(
+                    review[:length], weights, model.num_iters
+                )
+                for review, length in zip(x, lengths, strict=True)
+            ]
+        )
+    return np.array(result)
+
+
+def column_defect(
+    plan: Float[Array, "*B T T"], where: Bool[Array, "*#B T"]
+) -> Float[Array, " *B"]:
+    """How far the columns are from summing to 1, over valid tokens; at most 2."""
+    defect = jnp.abs(plan.sum(axis=-2) - 1.0)
+    count = where.sum(axis=-1).astype(plan.dtype)
+    return jnp.where(where, defect, 0.0).sum(axis=-1) / jnp.maximum(count, 1.0)
