@@ -78,7 +78,8 @@ def _title(run):
 def _residuals(axis, runs, floor):
     for run in runs:
         for phase in PHASES:
-            _curve(axis, np.array(run[phase]["relative_residual"]), run, phase)
+            y = np.array(run[phase]["relative_residual"])
+            _curve(axis, np.maximum(y, 1e-8), run, phase)  # Equal tokens give 0.
     axis.set_yscale("log")
     axis.set_ylim(1e-8, 2)
     axis.axhspan(1e-8, floor, color="0.92", zorder=0)
