@@ -68,8 +68,8 @@ class Linear(NamedTuple):
         kernel = jnp.exp(shifted)
         # Empty, not "not positive": a NaN has to be seen. Against c = exp(n) instead of
         # ones the first sum is that of the first row step.
-        rows = _dot(kernel, jnp.exp(n)) != 0
-        cols = _dot(jnp.ones_like(m), kernel) != 0
+        rows = dot(kernel, jnp.exp(n)) != 0
+        cols = dot(jnp.ones_like(m), kernel) != 0
         return cls(kernel, rows, cols, m, n)
 
     def start(self) -> Float[Array, " S"]:
@@ -78,11 +78,11 @@ class Linear(NamedTuple):
 
     def row_step(self, c, a):
         """The row scaling with which the rows sum to `a`."""
-        return a / jnp.where(self.rows, _dot(self.kernel, c), 1)
+        return a / jnp.where(self.rows, dot(self.kernel, c), 1)
 
     def col_step(self, r, b):
         """The column scaling with which the columns sum to `b`."""
-        return b / jnp.where(self.cols, _dot(r, self.kernel), 1)
+        return b / jnp.where(self.cols, dot(r, self.kernel), 1)
 
     def ratio(self, scaling, after):
         """What a scaling is of the one after it; anything finite for padding."""
@@ -104,18 +104,18 @@ class Linear(NamedTuple):
 
     def apply(self, r, c, x):
         """Plan times a vector (S,) or matrix (S, D)."""
-        return _col(r, x) * _dot(self.kernel, _col(c, x) * x)
+        return _col(r, x) * dot(self.kernel, _col(c, x) * x)
 
     def apply_left(self, x, r, c):
         """A vector (T,) or matrix (D, T) times plan."""
         # A transposed kernel times x would be the same, 20 times slower on a CPU.
-        return _dot(x * _row(r, x), self.kernel) * _row(c, x)
+        return dot(x * _row(r, x), self.kernel) * _row(c, x)
 
     def pull_back(self, r, c, direct, correction: Correction):
         """Cotangent of the logits: plan * direct, and the correction, at rank K + M."""
         left = [correction.row_weight * correction.row_r, correction.col_r]
         right = [correction.row_c, correction.col_weight * correction.col_c]
-        rank_k = _dot(jnp.concatenate(left).T, jnp.concatenate(right))  # [T, S]
+        rank_k = dot(jnp.concatenate(left).T, jnp.concatenate(right))  # [T, S]
         return self.kernel * ((r[:, None] * c[None, :]) * direct - rank_k)
 
     def potentials(self, r, c):
@@ -179,11 +179,11 @@ class Log(NamedTuple):
 
     def apply(self, r, c, x):
         """Plan times a vector (S,) or matrix (S, D)."""
-        return _dot(self.plan(r, c), x)
+        return dot(self.plan(r, c), x)
 
     def apply_left(self, x, r, c):
         """A vector (T,) or matrix (D, T) times plan."""
-        return _dot(x, self.plan(r, c))
+        return dot(x, self.plan(r, c))
 
     def pull_back(self, r, c, direct, correction: Correction):
         """Cotangent of the logits: plan * direct, and the correction, step by step.
@@ -213,7 +213,8 @@ class Log(NamedTuple):
 Domain = Linear | Log
 
 
-def _dot(x, y):
+def dot(x, y):
+    """Matrix product in the one precision that all passes share."""
     return jnp.matmul(x, y, precision=PRECISION)
 
 

@@ -76,17 +76,10 @@ def pull_back(
 
 def to_unit(cotangent: Any) -> tuple[Any, Float[Array, ""]]:
     """A pytree over its largest magnitude, and that; a zero or non-finite one as is."""
-    leaves = [
-        x for x in jax.tree.leaves(cotangent) if jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    size = jnp.stack([jnp.abs(x).max() for x in leaves]).max()
+    size = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(cotangent)]).max()
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     size = jax.lax.stop_gradient(size)
-
-    def scale(x):
-        return x / size if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(scale, cotangent), size
+    return jax.tree.map(lambda x: x / size, cotangent), size
 
 
 def _mended(result, is_right, instead):

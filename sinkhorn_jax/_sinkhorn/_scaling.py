@@ -105,13 +105,14 @@ def _potentials_fwd(problem, logits, a, b):
 
 def _potentials_bwd(problem, residuals, cotangent):
     def cotangents(domain, history, a, b, dpotentials):
+        df, dg = dpotentials
         r, c = history.end(problem.options.finish)
         correction = adjoint(
             problem.options.gradient,
             domain,
             history,
-            dpotentials.f,
-            dpotentials.g,
+            df,
+            dg,
             a,
             b,
             problem.options.finish,
@@ -119,7 +120,8 @@ def _potentials_bwd(problem, residuals, cotangent):
         direct = jnp.zeros((), r.dtype)  # Potentials see the logits only through sums.
         return domain.pull_back(r, c, direct, correction), correction
 
-    return _backward(problem, cotangents, residuals, cotangent)
+    # The other two fields are not differentiated.
+    return _backward(problem, cotangents, residuals, (cotangent.f, cotangent.g))
 
 
 _potentials.defvjp(_potentials_fwd, _potentials_bwd)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._batch import map_and_add, map_matrices, matrices_in_flight
-from .._domain import PRECISION, Domain, accum_dtype
+from .._domain import Domain, accum_dtype, dot
 from ._problem import (
     Operands,
     Problem,
@@ -85,7 +85,7 @@ class Heads:
             return None if x is None else x[batch]
 
         return add_bias_and_mask(
-            jnp.matmul(query, key.T, precision=PRECISION),
+            dot(query, key.T),
             of_head(self._operands.bias),
             of_head(self._operands.mask),
             of_batch(self._operands.query_valid),

@@ -7,10 +7,9 @@ from the queries and keys and the scalings of every iteration, (T + S) numbers e
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._domain import PRECISION
+from .._domain import dot
 from .._gradient import adjoint
 from .._iteration import marginal_error
 from .._solve import pull_back, solve, to_unit
@@ -55,7 +54,7 @@ def _attend_fwd(problem, operands):
             if keep is None:
                 out = domain.apply(r, c, v)
             else:
-                out = _dot(domain.plan(r, c) * keep, v)
+                out = dot(domain.plan(r, c) * keep, v)
             if not problem.return_marginal_error:
                 return out, None
             return out, marginal_error(domain, history, a, b, problem.options.finish)
@@ -89,12 +88,12 @@ def _attend_bwd(problem, residuals, cotangents):
         def in_domain(domain):
             a, b = heads.marginals(domain)
             r, c = solution.history.end(problem.options.finish)
-            dplan = _dot(do_t.T, v.T)
+            dplan = dot(do_t.T, v.T)
             if keep is None:
                 dv_t = domain.apply_left(do_t, r, c)
             else:
                 dplan = dplan * keep
-                dv_t = _dot(do_t, domain.plan(r, c) * keep)
+                dv_t = dot(do_t, domain.plan(r, c) * keep)
             correction = adjoint(
                 problem.options.gradient,
                 domain,
@@ -106,7 +105,7 @@ def _attend_bwd(problem, residuals, cotangents):
                 problem.options.finish,
             )
             dz = domain.pull_back(r, c, dplan, correction)
-            grads = (_dot(dz, k), _dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
+            grads = (dot(dz, k), dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
             return jax.tree.map(lambda x: x * size, grads)
 
         return pull_back(lambda: heads.logits(index, q, k), solution, in_domain)
@@ -133,7 +132,3 @@ def _attend_bwd(problem, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _dot(x, y):
-    return jnp.matmul(x, y, precision=PRECISION)
