@@ -1,5 +1,6 @@
 """Many matrices at once: how many in flight, and branches that survive `vmap`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -80,3 +81,12 @@ def any_in_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
 def _any_in_batch_vmap(axis_size, in_batched, flag):
     del axis_size
     return any_in_batch(jnp.any(flag, axis=0) if in_batched[0] else flag), False
+
+
+def mended(result: Any, is_right: Bool[Array, ""], instead: Callable[[], Any]) -> Any:
+    """`result`, and what `instead` computes where that is not right."""
+
+    def mend():
+        return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
+
+    return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)

@@ -215,7 +215,9 @@ Domain = Linear | Log
 
 def dot(x, y):
     """Matrix product in the one precision that all passes share."""
-    return jnp.matmul(x, y, precision=PRECISION)
+    return jnp.matmul(
+        x, y, precision=PRECISION, preferred_element_type=accum_dtype(x.dtype)
+    )
 
 
 def _col(scaling, x):

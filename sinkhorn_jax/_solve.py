@@ -3,7 +3,6 @@
 The backward pass stays in the domain that the forward pass decided on.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._batch import any_in_batch
+from ._batch import mended
 from ._domain import Domain, Linear, Log
 from ._gradient import kept_iterations
 from ._iteration import History, is_representable, iterate, iterate_until
@@ -58,7 +57,7 @@ def solve(
     linear = Linear.of(logits())
     result = in_domain(linear)
     is_linear = is_representable(linear, result[1], *marginals(linear))
-    out, history = _mended(result, is_linear, lambda: in_domain(Log.of(logits())))
+    out, history = mended(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
     return out, Solution(kept, is_linear)
 
@@ -67,7 +66,7 @@ def pull_back(
     logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
 ) -> Any:
     """Return `cotangents` of the domain that the solution is in."""
-    return _mended(
+    return mended(
         cotangents(Linear.of(logits())),
         solution.is_linear,
         lambda: cotangents(Log.of(logits())),
@@ -80,12 +79,3 @@ def to_unit(cotangent: Any) -> tuple[Any, Float[Array, ""]]:
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     size = jax.lax.stop_gradient(size)
     return jax.tree.map(lambda x: x / size, cotangent), size
-
-
-def _mended(result, is_right, instead):
-    """`result`, and what `instead` computes where that is not right."""
-
-    def mend():
-        return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
-
-    return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)

@@ -12,7 +12,7 @@ from hostile import hostile_logits
 from jax.test_util import check_grads
 
 from sinkhorn_jax import Exact, Implicit, Truncated, sinkhorn_attention
-from sinkhorn_jax.attention import IMPLEMENTATIONS
+from sinkhorn_jax.attention import IMPLEMENTATIONS, _strips
 
 # Outputs are averages of values of order 1. The 16-bit types round the inputs' products
 # nowhere and the output once: 8 and 11 bits of mantissa.
@@ -22,6 +22,16 @@ FLOAT64_GRADIENT_ATOL = 1e-11
 B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 6
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_strips():
+    """So that `streaming` has many, which divide few of the lengths here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_strips, "MAX_STRIP_ROWS", 3)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 def problem(
@@ -150,6 +160,7 @@ def gradients(implementation, operands, bias, options):
     return jax.jit(jax.value_and_grad(loss, argnums))(operands, bias)
 
 
+@pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,14 +172,16 @@ def gradients(implementation, operands, bias, options):
     ],
     ids=str,
 )
-def test_other_gradients_agree_with_the_reference(options):
+def test_other_gradients_agree_with_the_reference(implementation, options):
+    if implementation == "streaming" and isinstance(options.get("gradient"), Implicit):
+        pytest.skip("It does not take this gradient, as another test sees.")
     operands, bias = problem(), random(5, (N, T, S))
     options |= {
         "query_seq_lengths": jnp.array([3, 5]),
         "key_value_seq_lengths": jnp.array([7, 4]),
     }
     chex.assert_trees_all_close(
-        gradients("scaling", operands, bias, options),
+        gradients(implementation, operands, bias, options),
         gradients("reference", operands, bias, options),
         atol=1e-9,
     )
@@ -184,7 +197,7 @@ def test_gradients_agree_with_finite_differences(implementation):
         )
         return (out * w).sum()
 
-    modes = ["rev"] if implementation == "scaling" else ["rev", "fwd"]
+    modes = ["rev", "fwd"] if implementation == "reference" else ["rev"]
     check_grads(jax.jit(loss), (*problem(), bias), 1, modes)
 
 
@@ -327,7 +340,7 @@ def test_hostile_logits_in_float32(implementation):
     out, pull_back = jax.vjp(solve, query, key, value)
     expected = reference.sinkhorn(logits, 50)
     error = abs(np.asarray(out[:, :, 0]) - expected).max(axis=(1, 2))
-    limit = 3e-5 if implementation == "scaling" else 1e-4
+    limit = 1e-4 if implementation == "reference" else 3e-5
     assert max(error) < limit, dict(zip(named, error, strict=True))
     chex.assert_tree_all_finite(pull_back(jnp.sin(9 * out)))
 

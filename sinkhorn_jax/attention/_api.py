@@ -15,13 +15,16 @@ from .._domain import accum_dtype
 from .._gradient import Exact, Gradient
 from .._iteration import Finish
 from .._options import Options
-from . import _reference, _scaling
+from . import _reference, _scaling, _streaming
 from ._problem import Operands, Problem
 
 # In order of preference. "reference" runs everywhere and stays last. The tests and the
 # benchmarks read this table, so a new implementation is its module and a line here.
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
+        "streaming": Implementation(
+            _streaming.attend, _streaming.why_not, _streaming.prefer
+        ),
         "scaling": Implementation(_scaling.attend, _scaling.why_not, _scaling.prefer),
         "reference": Implementation(
             _reference.attend, _reference.why_not, _reference.prefer

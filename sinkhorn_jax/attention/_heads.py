@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -24,7 +25,9 @@ class Heads:
     for them.
     """
 
-    def __init__(self, problem: Problem, operands: Operands):
+    def __init__(
+        self, problem: Problem, operands: Operands, in_flight: int | None = None
+    ):
         self.problem = problem
         self.dtype = accum_dtype(problem.dtype)
         self.indices = jnp.arange(problem.batch * problem.num_heads)
@@ -32,6 +35,24 @@ class Heads:
         self._query = self.split(operands.query)
         self._key, self._value = self.split(operands.key), self.split(operands.value)
         self._groups = problem.num_heads // problem.num_key_heads
+        self._in_flight = in_flight or matrices_in_flight(
+            len(self.indices), problem.t, problem.s, self.dtype.itemsize
+        )
+
+    @property
+    def product_dtype(self) -> jnp.dtype:
+        """Of what `streaming` multiplies; sums of the products are in `dtype`.
+
+        A CPU has no fast product of bfloat16, and float16 has too short a range for the
+        plan and its gradient.
+        """
+        if self.problem.dtype == jnp.bfloat16 and jax.default_backend() != "cpu":
+            return self.problem.dtype
+        return self.dtype
+
+    def low(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The array in `product_dtype`."""
+        return x.astype(self.product_dtype)
 
     def split(self, x: Float[Array, "B T N ..."]) -> Float[Array, "BN T ..."]:
         """Head axes in front."""
@@ -55,8 +76,12 @@ class Heads:
         x = x.reshape(p.batch, p.num_key_heads, self._groups, *x.shape[1:]).sum(axis=2)
         return jnp.transpose(x, (0, 3, 1, 2))
 
-    def query(self, head: Int[Array, ""]) -> Float[Array, "T H"]:
-        """Queries times the scale."""
+    def query(
+        self, head: Int[Array, ""], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "T H"]:
+        """Queries times the scale; in a narrower dtype as they are, for exactness."""
+        if dtype not in (None, self.dtype):
+            return self._query[head].astype(dtype)
         return self._query[head].astype(self.dtype) * self.problem.scale
 
     def key(self, head: Int[Array, ""]) -> Float[Array, "S H"]:
@@ -70,26 +95,41 @@ class Heads:
     def logits(
         self,
         head: Int[Array, ""],
-        query: Float[Array, "T H"],
-        key: Float[Array, "S H"],
-    ) -> Float[Array, "T S"]:
-        """Logits with bias, -inf where a query may not attend to a key."""
+        query: Float[Array, "I H"],
+        key_t: Float[Array, "H S"],
+        start: Int[Array, ""] | int = 0,
+    ) -> Float[Array, "I S"]:
+        """Logits with bias, -inf where a query may not attend to a key.
+
+        Args:
+            head: Its index.
+            query: What `query` returns, or some rows of it that follow each other.
+            key_t: The keys, transposed.
+            start: Position of the first of these queries.
+        """
         batch, n = head // self.problem.num_heads, head % self.problem.num_heads
+        query_valid, key_valid = self._operands.query_valid, self._operands.key_valid
+
+        def of_rows(x):
+            if x.shape[0] == 1:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, query.shape[0])
 
         def of_head(x):
             if x is None:
                 return None
-            return x[batch if x.shape[0] > 1 else 0, n if x.shape[1] > 1 else 0]
+            x = x[batch if x.shape[0] > 1 else 0, n if x.shape[1] > 1 else 0]
+            return of_rows(x)
 
-        def of_batch(x):
-            return None if x is None else x[batch]
-
+        logits = dot(query, key_t)
+        if query.dtype != self.dtype:
+            logits = logits * self.problem.scale
         return add_bias_and_mask(
-            dot(query, key.T),
+            logits,
             of_head(self._operands.bias),
             of_head(self._operands.mask),
-            of_batch(self._operands.query_valid),
-            of_batch(self._operands.key_valid),
+            None if query_valid is None else of_rows(query_valid[batch]),
+            None if key_valid is None else key_valid[batch],
         )
 
     def marginals(
@@ -98,21 +138,48 @@ class Heads:
         """Row and column sums of the plan."""
         return uniform_marginals(domain.rows, domain.cols, self.dtype)
 
-    def keep(self, head: Int[Array, ""]) -> Float[Array, "T S"] | None:
-        """What the plan is multiplied by for dropout; None without."""
+    def keep(
+        self, head: Int[Array, ""], rows: Int[Array, " I"] | None = None
+    ) -> Float[Array, "I S"] | None:
+        """What the plan, or these rows of it, is multiplied by for dropout, if any."""
         rng = self._operands.dropout_rng
-        return None if rng is None else dropout_keep(self.problem, rng, head)
+        return None if rng is None else dropout_keep(self.problem, rng, head, rows)
+
+    def cotangents(
+        self,
+        dq: Float[Array, "BN T H"],
+        dk_t: Float[Array, "BN H S"],
+        dv_t: Float[Array, "BN D S"],
+        dbias: Float[Array, "..."] | None,
+    ) -> Operands:
+        """Of the operands, from those of the heads' queries with scale."""
+        dtype = self.problem.dtype
+        return Operands(
+            query=self.join(dq * self.problem.scale).astype(dtype),
+            key=self.join_transposed_groups(dk_t).astype(dtype),
+            value=self.join_transposed_groups(dv_t).astype(dtype),
+            bias=dbias,
+            mask=None,
+            query_valid=None,
+            key_valid=None,
+            dropout_rng=None,
+        )
 
     def map(self, fn: Callable[[Any], Any], xs: Any) -> Any:
         """`fn` of every head, as many at once as suit the device."""
         return map_matrices(fn, xs, self._in_flight)
 
+    @property
+    def bias_shape(self) -> tuple[int, int] | None:
+        """(T or 1, S or 1); None without bias."""
+        bias = self._operands.bias
+        return None if bias is None else bias.shape[2:]
+
     def sum_to_bias(self, dlogits: Float[Array, "T S"]) -> Float[Array, "..."] | None:
         """A head's part of the cotangent of the bias; None without bias."""
-        bias = self._operands.bias
-        if bias is None:
+        if self.bias_shape is None:
             return None
-        axes = tuple(i for i in (0, 1) if bias.shape[2 + i] == 1)
+        axes = tuple(i for i in (0, 1) if self.bias_shape[i] == 1)
         return dlogits.sum(axis=axes, keepdims=True)
 
     def map_and_sum_bias(
@@ -132,8 +199,3 @@ class Heads:
         total = jnp.zeros((bias.shape[0] * bias.shape[1], *bias.shape[2:]), self.dtype)
         out, total = map_and_add(fn, xs, total, slots, self._in_flight)
         return out, total.reshape(bias.shape).astype(bias.dtype)
-
-    @property
-    def _in_flight(self):
-        p = self.problem
-        return matrices_in_flight(p.batch * p.num_heads, p.t, p.s, self.dtype.itemsize)

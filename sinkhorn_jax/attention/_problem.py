@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._domain import accum_dtype
 from .._options import Options
@@ -72,7 +72,9 @@ def uniform_marginals(
     return rows.astype(dtype), jnp.where(cols, share[..., None], 0)
 
 
-def dropout_keep(problem: Problem, rng: Array, head: Array) -> Float[Array, "T S"]:
+def dropout_keep(
+    problem: Problem, rng: Array, head: Array, rows: Int[Array, " I"] | None = None
+) -> Float[Array, "I S"]:
     """What a head's plan is multiplied by: 0, or 1 / (1 - rate).
 
     A function of the key and the entry's position alone, so that every implementation
@@ -82,6 +84,7 @@ def dropout_keep(problem: Problem, rng: Array, head: Array) -> Float[Array, "T S
         problem: Gives the rate and the shape.
         rng: The caller's key.
         head: b * N + n for batch element b and head n.
+        rows: Positions of the queries; None is all.
     """
     rng = jax.random.fold_in(rng, 0 if problem.broadcast_dropout else head)
     probability = 1 - problem.dropout_rate
@@ -90,6 +93,6 @@ def dropout_keep(problem: Problem, rng: Array, head: Array) -> Float[Array, "T S
         key = jax.random.fold_in(rng, i)
         return jax.random.bernoulli(key, probability, (problem.s,))
 
-    keep = jax.vmap(row)(jnp.arange(problem.t))
+    keep = jax.vmap(row)(jnp.arange(problem.t) if rows is None else rows)
     dtype = accum_dtype(problem.dtype)
     return jnp.where(keep, jnp.asarray(1 / probability, dtype), 0)

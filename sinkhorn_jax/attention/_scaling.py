@@ -60,7 +60,10 @@ def _attend_fwd(problem, operands):
             return out, marginal_error(domain, history, a, b, problem.options.finish)
 
         return solve(
-            lambda: heads.logits(index, q, k), heads.marginals, output, problem.options
+            lambda: heads.logits(index, q, k.T),
+            heads.marginals,
+            output,
+            problem.options,
         )
 
     (out, error), solution = heads.map(head, heads.indices)
@@ -108,7 +111,7 @@ def _attend_bwd(problem, residuals, cotangents):
             grads = (dot(dz, k), dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
             return jax.tree.map(lambda x: x * size, grads)
 
-        return pull_back(lambda: heads.logits(index, q, k), solution, in_domain)
+        return pull_back(lambda: heads.logits(index, q, k.T), solution, in_domain)
 
     inputs = (
         heads.indices,
@@ -117,18 +120,7 @@ def _attend_bwd(problem, residuals, cotangents):
         (heads.split_transposed(dout), heads.split(df)),
     )
     (dq, dk_t, dv_t), dbias = heads.map_and_sum_bias(head, inputs)
-    return (
-        Operands(
-            query=heads.join(dq * problem.scale).astype(problem.dtype),
-            key=heads.join_transposed_groups(dk_t).astype(problem.dtype),
-            value=heads.join_transposed_groups(dv_t).astype(problem.dtype),
-            bias=dbias,
-            mask=None,
-            query_valid=None,
-            key_valid=None,
-            dropout_rng=None,
-        ),
-    )
+    return (heads.cotangents(dq, dk_t, dv_t, dbias),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
