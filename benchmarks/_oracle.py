@@ -1,14 +1,21 @@
 """Sinkhorn attention of one head and its gradient in NumPy float64.
 
 Imports nothing of the package. The gradient is reverse mode written out step by step,
-not the closed form of the fast implementations, and no plan is stored: each is made
-again from its potentials, so a head of 4096 tokens needs about 0.5 GiB.
+not the closed form of the fast implementations. Nothing of size T x S is stored: each
+pass makes the logits and plans again, in strips of rows that threads share, so a head
+of 16384 tokens needs about half a GiB. Sums over strips are in their order, so the
+numbers are the same in every run.
 """
 
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+STRIP_ENTRIES: Final = 2**21  # Of an array in a strip: 16 MiB, and a handful of them.
 
 
 class Result(NamedTuple):
@@ -31,42 +38,95 @@ def attention(
     query, key, value, cotangent = (
         np.asarray(x).astype(np.float64) for x in (query, key, value, cotangent)
     )
-    scale = query.shape[1] ** -0.5
-    z = scale * query @ key.T
-    t, s = z.shape
-    plan = np.empty_like(z)  # The only other matrix of this size in the forward pass.
+    query = query.shape[1] ** -0.5 * query
+    (t, s), num_rows = (len(query), len(key)), max(1, STRIP_ENTRIES // len(key))
+    strips = [slice(i, min(i + num_rows, t)) for i in range(0, t, num_rows)]
+    with ThreadPoolExecutor(min(len(strips), os.cpu_count() or 1)) as pool:
 
-    def make_plan(f, g):
-        np.add(z, f[:, None], out=plan)
-        np.add(plan, g, out=plan)
-        return np.exp(plan, out=plan)
+        def each(strip_fn: Callable[[slice], Any]) -> Iterator[tuple[slice, Any]]:
+            yield from zip(strips, pool.map(strip_fn, strips), strict=True)
 
+        fs, gs = _potentials(query, key, num_iters, each)
+        out = np.empty((t, value.shape[1]))
+        dv, df, dg = np.zeros_like(value), np.empty(t), np.zeros(s)
+        dq, dk = np.zeros_like(query), np.zeros_like(key)
+
+        def end(rows):
+            plan = _plan(query[rows], key, fs[-1][rows], gs[-1])
+            dz = plan * (cotangent[rows] @ value.T)  # Of the logits, potentials fixed.
+            sums = dz.sum(axis=1), dz.sum(axis=0)
+            return (
+                plan @ value,
+                plan.T @ cotangent[rows],
+                *sums,
+                dz @ key,
+                (dz.T @ query[rows]),
+            )
+
+        for rows, parts in each(end):
+            out[rows], _, df[rows], _, dq[rows], _ = parts
+            dv += parts[1]
+            dg += parts[3]
+            dk += parts[5]
+
+        for step in range(num_iters, -1, -1):
+
+            def row_step(rows, step=step):
+                # f = -log sum_j exp(z + g), so d f_i / d z_ij = -plan_ij.
+                plan = _plan(query[rows], key, fs[step][rows], gs[step])
+                plan *= df[rows, None]
+                return plan.sum(axis=0), plan @ key, plan.T @ query[rows]
+
+            for rows, parts in each(row_step):
+                dg -= parts[0]
+                dq[rows] -= parts[1]
+                dk -= parts[2]
+            if step == 0:
+                break
+
+            def col_step(rows, step=step, dg=dg):
+                # g = log(t / s) - log sum_i exp(z + f): columns sum to t / s.
+                plan = _plan(query[rows], key, fs[step - 1][rows], gs[step])
+                plan *= dg * (s / t)
+                return plan.sum(axis=1), plan @ key, plan.T @ query[rows]
+
+            for rows, parts in each(col_step):
+                df[rows] = -parts[0]
+                dq[rows] -= parts[1]
+                dk -= parts[2]
+            dg = np.zeros(s)
+    return Result(out, query.shape[1] ** -0.5 * dq, dk, dv)
+
+
+def _potentials(query, key, num_iters, each):
     # Each step divides the current plan by its sums. Entries are at most 1 after a row
-    # step, and the first one starts from the row maxima, so nothing overflows.
-    f, g = -z.max(axis=1), np.zeros(s)
-    f = f - np.log(make_plan(f, g).sum(axis=1))
-    fs, gs = [f], [g]
-    for _ in range(num_iters):
-        g = g - np.log(make_plan(f, g).sum(axis=0) * (s / t))
-        f = f - np.log(make_plan(f, g).sum(axis=1))
-        fs.append(f)
-        gs.append(g)
-    make_plan(f, g)
-    out, dv = plan @ value, plan.T @ cotangent
+    # step, and the first one starts from the row maxima, so nothing overflows. A pass
+    # does a row step and, rows being complete in a strip, sums the columns after it.
+    t, s = len(query), len(key)
+    fs, gs = [], [np.zeros(s)]
+    for step in range(num_iters + 1):
 
-    dz = plan * (cotangent @ value.T)
-    df, dg = dz.sum(axis=1), dz.sum(axis=0)
-    for step in range(num_iters, -1, -1):
-        # f = -log sum_j exp(z + g), so d f_i / d z_ij = -plan_ij; rows sum to 1.
-        make_plan(fs[step], gs[step])
-        dg = dg - df @ plan
-        np.multiply(plan, df[:, None], out=plan)
-        dz -= plan
-        if step == 0:
-            break
-        # g = log(t / s) - log sum_i exp(z + f): the same of the columns, sums t / s.
-        make_plan(fs[step - 1], gs[step])
-        np.multiply(plan, dg * (s / t), out=plan)
-        dz -= plan
-        df, dg = -plan.sum(axis=1), np.zeros(s)
-    return Result(out, scale * dz @ key, scale * dz.T @ query, dv)
+        def row_step(rows, step=step):
+            if step == 0:
+                f = -(query[rows] @ key.T).max(axis=1)
+            else:
+                f = fs[-1][rows]
+            plan = _plan(query[rows], key, f, gs[-1])
+            sums = plan.sum(axis=1)
+            return f - np.log(sums), (1 / sums) @ plan
+
+        f, column_sums = np.empty(t), np.zeros(s)
+        for rows, parts in each(row_step):
+            f[rows] = parts[0]
+            column_sums += parts[1]
+        fs.append(f)
+        if step < num_iters:
+            gs.append(gs[-1] - np.log(column_sums * (s / t)))
+    return fs, gs
+
+
+def _plan(query, key, f, g):
+    plan = query @ key.T
+    plan += f[:, None]
+    plan += g
+    return np.exp(plan, out=plan)
