@@ -1,9 +1,11 @@
 # `make demo` runs the main experiment, `make test` everything that must pass. Both
-# create .venv on first use and reuse it afterwards.
+# create .venv on first use and reuse it afterwards. `make benchmark` and `make test-all`
+# add the libraries that the benchmarks compare with, PyTorch among them.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PEERS := .venv/installed-peers
 
 .PHONY: demo test test-all benchmark clean
 
@@ -17,10 +19,10 @@ test: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(INSTALLED)
+test-all: $(PEERS)
 	$(BIN)/python -m pytest
 
-benchmark: $(INSTALLED)
+benchmark: $(PEERS)
 	$(BIN)/python -m benchmarks
 
 clean:
@@ -29,4 +31,8 @@ clean:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,experiments,benchmarks]'
+	touch $@
+
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	touch $@

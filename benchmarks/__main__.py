@@ -1,51 +1,71 @@
-"""Times Sinkhorn attention against softmax attention.
+"""Times Sinkhorn attention against softmax attention and other libraries.
 
-    python -m benchmarks           # All cases; rows go to benchmarks/results/<device>/.
+    python -m benchmarks           # All sweeps; appends to benchmarks/results/<device>/
     python -m benchmarks --quick   # One tiny case; prints its rows and keeps none.
-    python -m benchmarks --readme  # Makes the README's table from the kept rows.
+    python -m benchmarks --readme  # Tables and plots, here and there, from kept rows.
 
 How it measures. Each program is compiled ahead of time for its shape and called once
-untimed. Then all implementations of a case take turns, at least `repeats` rounds and
-for `budget_s` seconds; a time runs from the call until the result is ready, on inputs
-that are on the device already. Median and interquartile range are reported, and the
-ratio to `jax.nn.dot_product_attention`, called plainly, is one of medians over the same
-rounds. Forward and backward together are the output and the gradients with respect to
-query, key and value, for a random cotangent.
+untimed. Then all programs of a case take turns; a time runs from the call until the
+result is ready, on inputs that are on the device already, and a turn begins with an
+untimed call if calls take less than 0.25 s. Each has at least `repeats` turns, 3 if a
+call takes over 2 s, and more until it has used its share of `budget_s`; one whose first
+call takes over half a minute is not called again, and that call is its time. Median and
+interquartile range are reported, and the ratio to `jax.nn.dot_product_attention`,
+called plainly, is one of medians over the same rounds. Forward and backward together
+are the output and the gradients with respect to query, key and value, for a random
+cotangent.
 
-Memory is what the compiled executable declares as temporary: inputs and outputs are not
-in it. `ts_arrays_per_head` says how many T x S arrays (float32 or wider) live for one
-head in flight: the program is compiled for a single head, at two head dimensions, and
-what is proportional to H, such as copies of the queries, is taken off. What is left is
-whole arrays and, as a fraction, vectors. `peak_mib` leaves nothing out.
+Peers. `torch_softmax` is PyTorch's fused softmax attention and `torch_sinkhorn` the
+iteration written in plain PyTorch with autograd; `ott_unrolled` and `ott_implicit` are
+OTT-JAX's solver, `pot` is POT's in log space. They get the same numbers in the same
+turns and as many threads as JAX, and do the same half steps: OTT and POT start from the
+potentials of the softmax. On Linux the C library is told to keep freed memory for the
+next call, from which PyTorch gains most; beyond that nothing is tuned: PyTorch and POT
+are eager, POT goes head by head. Half precision is widened to float32 for OTT, POT and
+the PyTorch iteration, as Sinkhorn does here. What is not installed or cannot run is
+skipped with a reason, also what needs more than half of the device's memory.
+
+Memory of a JAX program is what the compiled executable declares as temporary: inputs
+and outputs are not in it. `ts_arrays_per_head` says how many T x S arrays (float32 or
+wider) live for one head in flight: the program is compiled for a single head, at two
+head dimensions, and what is proportional to H, such as copies of the queries, is taken
+off. What is left is whole arrays and, as a fraction, vectors. `peak_mib` leaves nothing
+out. For PyTorch and POT on a CPU it is measured: by how much the peak resident set of
+the process grows over a call, results included and what allocators keep back; for
+PyTorch on CUDA the peak of its allocator. So small differences between JAX and these
+two mean nothing.
 
 Errors are against float64 in NumPy, for as many whole heads as are cheap: at least one,
-and all of them where heads x tokens² is at most 2²².
+and all of them where heads x tokens² is at most 2²². `ott_implicit` gives the gradient
+at the fixed point and not that of the iterations made; its error shows the difference
+and is not rounding.
 
 What it does not show. Standard normal inputs give logits of standard deviation 1, and
-the linear domain of `scaling` suffices; a head that has to leave it costs about what
-`reference` does. There is no mask, bias, dropout or grouped head, one device, and
-nothing around the attention. Times on a machine with other work are noisy: compare
-ratios of one run, and not where the interquartile range is of the size of the
-difference. Sinkhorn multiplies matrices at highest precision; softmax does what JAX
-does by default, which on a GPU or TPU may be less (`matmul_precision`).
+the linear domain suffices; a head that has to leave it costs about what `reference`
+does. There is no mask, bias, dropout or grouped head, one device, and nothing around
+the attention. Times on a machine with other work are noisy, and those of PyTorch, whose
+threads wait for each other in every operation, several times too long: compare ratios
+of one run, and not where the interquartile range is of the size of the difference.
+Sinkhorn multiplies matrices at highest precision; softmax does what JAX does by
+default, which on a GPU or TPU may be less (`matmul_precision`).
 """
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tqdm
 import tyro
 
-from sinkhorn_jax.attention import IMPLEMENTATIONS
+from . import _cases, _machine, _programs, _readme, _record, _run, _table
 
-from . import _cases, _machine, _measure, _readme, _record, _table
-from ._measure import SOFTMAX
+# Else XLA takes three quarters of a GPU's memory and PyTorch has to do with the rest.
+# Read when JAX first looks at its devices, which is later.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+QUICK: Final = "The cases of --quick are its own; leave out sweeps and cases."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,26 +73,26 @@ class Config:
     """What to run, and where its rows go."""
 
     quick: bool = False  # A smoke run: one tiny case, and no rows unless `output`.
-    readme: bool = False  # Only rewrite the README's table from the kept rows.
-    implementations: tuple[str, ...] = tuple(IMPLEMENTATIONS)  # Softmax always runs.
-    cases: tuple[str, ...] | None = (
-        None  # Heads x tokens; None is all but the tiny one.
+    readme: bool = False  # Only rewrite README, device pages and plots from the rows.
+    sweeps: tuple[str, ...] = tuple(_cases.SWEEPS)
+    cases: tuple[str, ...] = ()  # Heads x tokens; none is all of the sweeps.
+    # With peers, and softmax always.
+    implementations: tuple[str, ...] = dataclasses.field(
+        default_factory=_programs.names
     )
-    num_iters: int = 10  # Sinkhorn iterations.
-    repeats: int = 5  # Timed calls of each program, at least.
-    budget_s: float = 10.0  # More calls until so many seconds a case and mode.
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    repeats: int = 5  # Timed calls of each program, at least, if they are fast.
+    budget_s: float = 6.0  # More calls until so many seconds a case and mode.
     output: Path | None = None  # Rows are appended here; None is the device's folder.
 
     def __post_init__(self):
-        if not self.cases:
-            tiny = (_cases.SMOKE,)
-            full = tuple(name for name in _cases.CASES if name not in tiny)
-            object.__setattr__(self, "cases", tiny if self.quick else full)
         if self.quick:
             object.__setattr__(self, "budget_s", 0.0)
-        _check_names("implementations", self.implementations, IMPLEMENTATIONS)
-        _check_names("cases", self.cases, _cases.CASES)
+            if self.cases or self.sweeps != tuple(_cases.SWEEPS):
+                raise ValueError(QUICK)
+        _check_names("implementations", self.implementations, _programs.names())
+        _check_names("sweeps", self.sweeps, _cases.SWEEPS)
+        known = dict.fromkeys(case.name for case in _cases.select(self.sweeps))
+        _check_names("cases", self.cases, known)
         if self.repeats < 1:
             raise ValueError(
                 f"repeats must be at least 1, got {self.repeats}: there is no median "
@@ -81,51 +101,23 @@ class Config:
 
 
 def run(config: Config) -> list[_record.Row]:
-    """Measures, prints reasons for what is left out, and appends the rows."""
+    """Measures, prints a table, and appends the rows."""
     now = datetime.datetime.now(datetime.UTC)
-    run_facts = {
-        "dtype": config.dtype,
-        "num_iters": config.num_iters,
-        **_machine.facts(),
-        "date": now.isoformat(timespec="seconds"),
-    }
+    facts = {**_machine.facts(), "date": now.isoformat(timespec="seconds")}
     output = config.output
     if output is None and not config.quick:
-        name = _machine.directory_name(
-            *(run_facts[x] for x in ("device", "platform", "num_cpus"))
-        )
+        machine = (facts[x] for x in ("device", "platform", "num_cpus"))
+        name = _machine.directory_name(*machine)
         output = _record.RESULTS / name / f"{now:%Y-%m-%d}.jsonl"
-    rows = []
-    with tqdm.tqdm(total=2 * len(config.cases), unit="case") as progress:
-        for name in config.cases:
-            progress.set_description(f"{name} float64")
-            case = _cases.CASES[name]
-            inputs = _cases.inputs(case, config.dtype)
-            sinkhorn = _measure.expected(case, inputs, config.num_iters)
-            softmax = _measure.expected(case, inputs, 0)
-            for mode in _measure.MODES:
-                progress.set_description(f"{name} {mode}")
-                programs = _build(config, name, mode)
-                times = _measure.time_in_turns(
-                    {which: program.call for which, program in programs.items()},
-                    inputs,
-                    config.repeats,
-                    config.budget_s,
-                )
-                errors = {
-                    which: _measure.error(
-                        case,
-                        mode,
-                        program.call(*inputs),
-                        softmax if which == SOFTMAX else sinkhorn,
-                    )
-                    for which, program in programs.items()
-                }
-                new = _rows(case, mode, programs, times, errors, run_facts)
-                if output is not None:
-                    _record.append(output, new)
-                rows += new
-                progress.update()
+    cases = _cases.select(config.sweeps, config.cases)
+    rows = _run.run(
+        _cases.SMOKE if config.quick else cases,
+        config.implementations,
+        config.repeats,
+        config.budget_s,
+        facts,
+        output,
+    )
     print(_table.aligned(rows))
     print(f"Rows appended to {output}." if output else "No rows kept.")
     return rows
@@ -140,61 +132,12 @@ def main(args: Sequence[str] | None = None) -> None:
         run(config)
 
 
-def _build(config, name, mode):
-    programs = {}
-    for implementation in (SOFTMAX, *config.implementations):
-        try:
-            programs[implementation] = _measure.build(
-                implementation, _cases.CASES[name], config.dtype, config.num_iters, mode
-            )
-        except NotImplementedError as reason:
-            # `tqdm.write`, because a line printed over a progress bar is torn.
-            tqdm.tqdm.write(f"Skipped {implementation}, {name}, {mode}: {reason}")
-    return programs
-
-
-def _rows(case, mode, programs, times, errors, run_facts):
-    batch, t, _, _ = case.shape_btnh
-    ts_array = t * t * max(4, jnp.dtype(run_facts["dtype"]).itemsize)
-    medians = {name: float(np.median(x)) for name, x in times.items()}
-
-    def in_units(num_bytes, unit):
-        return None if num_bytes is None else num_bytes / unit
-
-    rows = []
-    for name, program in programs.items():
-        low, high = np.percentile(times[name], [25, 75])
-        precision = jax.config.jax_default_matmul_precision or "default"
-        rows.append(
-            _record.Row(
-                implementation=name,
-                mode=mode,
-                shape_btnh=case.shape_btnh,
-                kv_len=t,
-                matmul_precision=precision if name == SOFTMAX else "highest",
-                median_ms=medians[name],
-                iqr_ms=float(high - low),
-                repeats=len(times[name]),
-                compile_ms=program.compile_ms,
-                tokens_per_second=batch * t / (medians[name] / 1e3),
-                ratio_to_softmax=medians[name] / medians[SOFTMAX],
-                peak_mib=in_units(program.temp_bytes, 2**20),
-                peak_in_ts_arrays=in_units(program.temp_bytes, ts_array),
-                one_head_mib=in_units(program.one_head_bytes, 2**20),
-                ts_arrays_per_head=in_units(program.one_head_ts_bytes, ts_array),
-                max_abs_error=errors[name],
-                **run_facts,
-            )
-        )
-    return rows
-
-
-def _check_names(what, names, table):
-    unknown = [name for name in names if name not in table]
+def _check_names(what, names, known):
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"Unknown {what} {unknown}; expected some of {list(table)}. "
-            f"{SOFTMAX!r} is always measured and not to be named."
+            f"Unknown {what} {unknown}; expected some of {list(known)}. "
+            f"{_programs.SOFTMAX!r} is always measured and not to be named."
         )
 
 

@@ -1,7 +1,7 @@
-"""The problems that are timed, and their inputs."""
+"""The problems that are timed, the sweeps that they form, and their inputs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -19,24 +19,47 @@ class Case:
     heads: int
     tokens: int
     head_dim: int = 64
+    dtype: str = "float32"
+    num_iters: int = 10
+
+    @property
+    def name(self) -> str:
+        """Heads x tokens."""
+        return f"{self.heads}x{self.tokens}"
 
     @property
     def shape_btnh(self) -> tuple[int, int, int, int]:
         """Shape of the query, key and value."""
         return (1, self.tokens, self.heads, self.head_dim)
 
+    def __str__(self):
+        return f"{self.name} {self.dtype} {self.num_iters} iterations"
 
-# Heads x tokens. "4x64" is for a smoke run and is not in a full one.
-CASES: Final[Mapping[str, Case]] = MappingProxyType(
+
+# What varies, and over what. A case of two sweeps is measured once.
+SWEEPS: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
     {
-        "96x197": Case(96, 197),  # 8 images, ViT-B/16 at 224 pixels.
-        "32x512": Case(32, 512),
-        "16x1024": Case(16, 1024),
-        "2x4096": Case(2, 4096),
-        "4x64": Case(4, 64, head_dim=16),
+        "tokens": tuple(Case(2, 2**i) for i in range(7, 15)),
+        # About the same work, split into ever fewer and larger heads. The first is a
+        # batch of 8 images for ViT-B/16 at 224 pixels.
+        "heads": (Case(96, 197), Case(32, 512), Case(16, 1024), Case(2, 4096)),
+        "iterations": tuple(
+            Case(4, 1024, num_iters=num) for num in (0, 1, 2, 5, 10, 20, 50)
+        ),
+        "dtypes": tuple(
+            Case(4, 1024, dtype=dtype)
+            for dtype in ("float32", "bfloat16", "float16", "float64")
+        ),
     }
 )
-SMOKE: Final = "4x64"
+# For a smoke run, and in no sweep.
+SMOKE: Final = (Case(4, 64, head_dim=16),)
+
+
+def select(sweeps: Iterable[str], names: Iterable[str] | None = None) -> list[Case]:
+    """The cases of the sweeps, each once; those of the given names alone if any."""
+    cases = dict.fromkeys(case for sweep in sweeps for case in SWEEPS[sweep])
+    return [case for case in cases if not names or case.name in names]
 
 
 class Inputs(NamedTuple):
@@ -48,13 +71,13 @@ class Inputs(NamedTuple):
     cotangent: jax.Array
 
 
-def inputs(case: Case, dtype: str) -> Inputs:
-    """The same numbers in every run."""
+def inputs(case: Case) -> Inputs:
+    """The same numbers in every run. float64 needs `jax.enable_x64`."""
     rng = np.random.default_rng(SEED)
     shape = case.shape_btnh
     return Inputs(
         *(
-            jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+            jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
             for _ in Inputs._fields
         )
     )

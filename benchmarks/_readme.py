@@ -1,17 +1,26 @@
-"""The benchmark table of the README, made from the committed rows."""
+"""The benchmarks' part of the README and the pages it links, from committed rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from . import _machine, _record, _table
+from . import _cases, _findings, _machine, _pages, _plots, _programs, _record, _table
+from ._cases import Case
+from ._program import MODES
+from ._record import Row
 
 README: Final = _machine.ROOT / "README.md"
 BEGIN: Final = "<!-- benchmarks:begin -->"
 END: Final = "<!-- benchmarks:end -->"
+# Those whose columns say most in little space; the pages have all.
+SHOWN: Final = (*_cases.SWEEPS["heads"], Case(2, 8192), Case(2, 16384))
+LEGEND: Final = (
+    "`softmax` is `jax.nn.dot_product_attention` and in ms; the others are multiples "
+    "of it. Forward / forward + backward; **bold** is what `implementation=None` takes."
+)
 
 
-def block(rows: Sequence[_record.Row]) -> str:
+def block(rows: Sequence[Row], results: Path = _record.RESULTS) -> str:
     """What stands between the markers.
 
     Raises:
@@ -19,10 +28,27 @@ def block(rows: Sequence[_record.Row]) -> str:
     """
     if not rows:
         raise ValueError(
-            f"There are no rows below {_record.RESULTS}, so there is no table to make. "
+            f"There are no rows below {results}, so there is no table to make. "
             "Record some with python -m benchmarks."
         )
-    return f"\n{_table.markdown(rows)}\n"
+    parts, plots = [], []
+    for of_device in _devices(rows):
+        shown = [row for row in of_device if row.case in SHOWN]
+        name = _machine.directory_name(*of_device[0].machine)
+        link = f"benchmarks/results/{name}"
+        if shown:
+            parts += [
+                f"{_table.caption(shown)}, float32, {shown[0].num_iters} iterations "
+                f"([every number, and what was left out]({link}/{_pages.PAGE}))",
+                _ratios(shown),
+                _findings.sentences(shown),
+            ]
+        if of_device[0].platform == "cpu":
+            plots += [
+                f"![{alt}]({link}/{file})"
+                for file, alt in _plots.names(of_device).items()
+            ]
+    return "\n" + "\n\n".join(x for x in (*parts, LEGEND, *plots) if x) + "\n"
 
 
 def with_block(text: str, new: str) -> str:
@@ -46,13 +72,76 @@ def with_block(text: str, new: str) -> str:
 
 
 def update(readme: Path = README, results: Path = _record.RESULTS) -> None:
-    """Rewrites the block of the file."""
-    text = readme.read_text(encoding="utf-8")
-    new = with_block(text, block(_record.read(results)))
-    readme.write_text(new, encoding="utf-8")
+    """Rewrites the block, and the page and plots of every device."""
+    for path, text in _texts(readme, results).items():
+        path.write_text(text, encoding="utf-8")
+    for rows in _devices(_record.read(results)):
+        _plots.draw(rows, _pages.folder(rows[0], results))
 
 
 def is_current(readme: Path = README, results: Path = _record.RESULTS) -> bool:
-    """Whether the file says what the rows give."""
+    """Whether the files say what the rows give, and the plots are there."""
+    plots = [
+        _pages.folder(rows[0], results) / name
+        for rows in _devices(_record.read(results))
+        for name in _plots.names(rows)
+    ]
+    return all(path.exists() for path in plots) and all(
+        path.exists() and path.read_text(encoding="utf-8") == text
+        for path, text in _texts(readme, results).items()
+    )
+
+
+def _texts(readme, results):
+    rows, skips = _record.read(results), _record.read_skips(results)
     text = readme.read_text(encoding="utf-8")
-    return text == with_block(text, block(_record.read(results)))
+    texts = {readme: with_block(text, block(rows, results))}
+    newest_skips = _record.newest(skips, rows)
+    for of_device in _devices(rows):
+        machine = of_device[0].machine
+        texts[_pages.folder(of_device[0], results) / _pages.PAGE] = _pages.page(
+            of_device, [skip for skip in newest_skips if skip.machine == machine]
+        )
+    return texts
+
+
+def _devices(rows):
+    """The newest rows of each device, CPUs first."""
+    by_machine: dict[tuple, list[Row]] = {}
+    for row in _record.newest(rows, rows):
+        by_machine.setdefault(row.machine, []).append(row)
+    return [by_machine[x] for x in sorted(by_machine, key=lambda x: (x[1], x))]
+
+
+def _ratios(rows):
+    by_case: dict[Case, dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        key = (row.implementation, row.mode)
+        by_case.setdefault(row.case, {})[key] = row
+    names = _in_order({row.implementation for row in rows})
+    lines = [
+        (case.name, *(_cell(by_case[case], name) for name in names))
+        for case in SHOWN
+        if case in by_case
+    ]
+    return _table.markdown(("heads x tokens", *(f"`{x}`" for x in names)), lines)
+
+
+def _cell(of_case, name):
+    rows = [of_case.get((name, mode)) for mode in MODES]
+    if not any(rows):
+        return _table.MISSING
+    text = " / ".join(
+        _table.MISSING
+        if row is None
+        else _table.number(row.median_ms)
+        if name == _programs.SOFTMAX
+        else _table.ratio(row)
+        for row in rows
+    )
+    return f"**{text}**" if any(row and row.is_default for row in rows) else text
+
+
+def _in_order(names):
+    known = [_programs.SOFTMAX, *_programs.names()]
+    return [x for x in known if x in names] + sorted(names - set(known))

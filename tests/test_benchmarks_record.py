@@ -1,0 +1,124 @@
+import json
+
+import pytest
+
+from benchmarks import _machine, _record
+
+
+def row(**fields):
+    """A row as one run would give; a difference is named by the test."""
+    defaults = dict(
+        implementation="softmax",
+        mode="forward",
+        shape_btnh=(1, 64, 4, 16),
+        kv_len=64,
+        dtype="float32",
+        num_iters=10,
+        matmul_precision="default",
+        median_ms=2.0,
+        iqr_ms=0.5,
+        repeats=5,
+        compile_ms=100.0,
+        tokens_per_second=32e3,
+        ratio_to_softmax=1.0,
+        peak_mib=1.5,
+        peak_in_ts_arrays=96.0,
+        one_head_mib=0.03,
+        ts_arrays_per_head=2.0,
+        max_abs_error=1e-7,
+        device="Some CPU",
+        platform="cpu",
+        num_cpus=2,
+        jax_version="0.0",
+        jaxlib_version="0.0",
+        python_version="3.11",
+        commit="abc1234",
+        date="2026-01-01T00:00:00+00:00",
+    )
+    return _record.Row(**defaults | fields)
+
+
+def test_rows_are_appended(tmp_path):
+    path = tmp_path / "results" / "device" / "rows.jsonl"
+    first, second = row(), row(peak_mib=None, date="2026-01-02T00:00:00+00:00")
+    _record.append(path, [second])
+    _record.append(path, [first])
+    assert len(path.read_text().splitlines()) == 2
+    assert _record.read(tmp_path / "results") == [first, second]
+
+
+SKIP = _record.Skip(
+    implementation="pot",
+    mode="forward",
+    shape_btnh=(1, 64, 4, 16),
+    dtype="float32",
+    num_iters=10,
+    device="Some CPU",
+    platform="cpu",
+    num_cpus=2,
+    date="2026-01-01T00:00:00+00:00",
+    reason="POT is not installed",
+)
+
+
+def test_skips_are_kept_beside_the_rows(tmp_path):
+    path = tmp_path / "results" / "device" / "2026-01-01.jsonl"
+    _record.append(path, [row()])
+    _record.append(_record.skips_path(path), [SKIP])
+    _record.append(_record.skips_path(path), [])
+    assert _record.read(tmp_path / "results") == [row()]
+    assert _record.read_skips(tmp_path / "results") == [SKIP]
+    assert SKIP.case == row().case
+
+
+def test_rows_of_before_the_peers_are_read():
+    new = {"version", "is_default", "memory_source"}
+    fields = json.loads(row().json())
+    old = json.dumps({name: x for name, x in fields.items() if name not in new})
+    assert _record.Row.parse(old) == row()
+
+
+def test_newest_takes_a_case_from_one_run():
+    later = "2026-01-02T00:00:00+00:00"
+    rows = [
+        row(),
+        row(implementation="scaling"),
+        row(date=later),
+        row(num_iters=5, implementation="scaling"),
+        row(device="Other CPU"),
+    ]
+    assert _record.newest(rows, rows) == rows[2:]
+    assert _record.newest([SKIP], rows) == []
+    assert _record.newest([SKIP], rows[:2]) == [SKIP]
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "name"),
+    [
+        ("Intel(R) Xeon(R) Processor", "cpu", "cpu-intel-xeon-processor-2cores"),
+        ("NVIDIA H100 80GB HBM3", "gpu", "nvidia-h100-80gb-hbm3"),
+        ("../Some CPU @ 2.5GHz", "cpu", "cpu-..-some-cpu-2.5ghz-2cores"),
+    ],
+)
+def test_directory_of_a_device(device, platform, name):
+    assert _machine.directory_name(device, platform, 2) == name
+
+
+def test_commit_is_dirty_when_what_is_measured_changes(monkeypatch, tmp_path):
+    monkeypatch.setattr(_machine, "ROOT", tmp_path)
+    # Not the repository that the temporary folder may lie in, nor anyone's settings.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    assert _machine.commit() == "unknown"
+    _machine._git("init")
+    assert _machine.commit() == "unknown"  # Without a commit.
+    person = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    _machine._git(*person, "commit", "--allow-empty", "--message=first")
+    clean = _machine.commit()
+    assert clean == _machine._git("rev-parse", "--short", "HEAD")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "benchmarks" / "results" / "device").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "device" / "rows.jsonl").touch()
+    assert _machine.commit() == clean
+    (tmp_path / "code.py").touch()
+    assert _machine.commit() == f"{clean}-dirty"
