@@ -100,10 +100,16 @@ def sinkhorn_attention(
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
-        implementation: None takes the fastest that can run. "scaling" holds one (T, S)
-            kernel matrix per head in flight and has a closed-form gradient, reverse
-            mode only. "reference" holds all logits and is plain JAX: use it for forward
-            mode, Hessians and any other transform.
+        implementation: None takes "scaling", or "streaming" where five arrays (T, S) of
+            the potentials' dtype are more than 1 GiB, whatever the device; "reference"
+            if neither can run. All give the same result.
+            "scaling" holds a few (T, S) arrays per head in flight and is the fastest.
+            "streaming" holds nothing of size (T, S), forward or backward, unless `bias`
+            or `mask` is of that size itself, and its gradient then too; one that
+            broadcasts is never written out. It takes `Exact` and `Truncated`. Both
+            have a closed-form gradient, reverse mode only.
+            "reference" holds all logits and is plain JAX: use it for forward mode,
+            Hessians and any other transform.
         return_marginal_error: Also return how far the other marginal is from exact.
 
     Returns:

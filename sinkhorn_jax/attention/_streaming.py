@@ -30,8 +30,8 @@ from ._streaming_backward import backward
 from ._streaming_forward import forward
 from ._strips import Strips, layout
 
-# `scaling` is chosen while what it holds for one head in flight fits into this, and
-# `streaming` beyond.
+# In bytes. Unasked, `scaling` is taken while what it holds for one head fits into this,
+# and beyond that `streaming`.
 MEMORY_BUDGET: Final = 2**30
 SCALING_TS_ARRAYS: Final = 5  # Forward and backward, as `python -m benchmarks` reports.
 
