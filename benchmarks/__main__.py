@@ -9,7 +9,7 @@ untimed. Then all programs of a case take turns; a time runs from the call until
 result is ready, on inputs that are on the device already, and a turn begins with an
 untimed call if calls take less than 0.25 s. Each has at least `repeats` turns, 3 if a
 call takes over 2 s, and more until it has used its share of `budget_s`; one whose first
-call takes over half a minute is not called again, and that call is its time. Median and
+call takes over 20 s is not called again, and that call is its time. Median and
 interquartile range are reported, and the ratio to `jax.nn.dot_product_attention`,
 called plainly, is one of medians over the same rounds. Forward and backward together
 are the output and the gradients with respect to query, key and value, for a random
@@ -23,7 +23,8 @@ potentials of the softmax. On Linux the C library is told to keep freed memory f
 next call, from which PyTorch gains most; beyond that nothing is tuned: PyTorch and POT
 are eager, POT goes head by head. Half precision is widened to float32 for OTT, POT and
 the PyTorch iteration, as Sinkhorn does here. What is not installed or cannot run is
-skipped with a reason, also what needs more than half of the device's memory.
+skipped with a reason, also what needs more than half of the device's memory; reasons
+are kept beside the rows.
 
 Memory of a JAX program is what the compiled executable declares as temporary: inputs
 and outputs are not in it. `ts_arrays_per_head` says how many T x S arrays (float32 or
@@ -65,6 +66,7 @@ from . import _cases, _machine, _programs, _readme, _record, _run, _table
 # Read when JAX first looks at its devices, which is later.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+BUSY: Final = 0.25  # Of each CPU, before there is something to say.
 QUICK: Final = "The cases of --quick are its own; leave out sweeps and cases."
 
 
@@ -81,7 +83,7 @@ class Config:
         default_factory=_programs.names
     )
     repeats: int = 5  # Timed calls of each program, at least, if they are fast.
-    budget_s: float = 6.0  # More calls until so many seconds a case and mode.
+    budget_s: float = 4.0  # More calls until so many seconds a case and mode.
     output: Path | None = None  # Rows are appended here; None is the device's folder.
 
     def __post_init__(self):
@@ -109,6 +111,11 @@ def run(config: Config) -> list[_record.Row]:
         machine = (facts[x] for x in ("device", "platform", "num_cpus"))
         name = _machine.directory_name(*machine)
         output = _record.RESULTS / name / f"{now:%Y-%m-%d}.jsonl"
+    if (facts["load"] or 0) > BUSY * facts["num_cpus"]:
+        print(
+            f"The machine was busy in the last minute (load {facts['load']:.1f} on "
+            f"{facts['num_cpus']} CPUs). Times will be noisy and PyTorch's far too long."
+        )
     cases = _cases.select(config.sweeps, config.cases)
     rows = _run.run(
         _cases.SMOKE if config.quick else cases,

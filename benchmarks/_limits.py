@@ -17,7 +17,7 @@ WARM_CALL_S: Final = 0.25
 SLOW_CALL_S: Final = 2.0
 FEWEST_REPEATS: Final = 3
 # A call before that, untimed else, that takes longer is the measurement, the only one.
-CALL_LIMIT_S: Final = 30.0
+CALL_LIMIT_S: Final = 20.0
 
 GIB: Final = 2**30
 # How XLA and PyTorch say that memory ran out.

@@ -26,6 +26,7 @@ def facts() -> dict[str, Any]:
         "jaxlib_version": importlib.metadata.version("jaxlib"),
         "python_version": platform.python_version(),
         "commit": commit(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 

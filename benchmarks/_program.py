@@ -55,7 +55,8 @@ def compiled(
         **fields: Of the `Program`.
 
     Raises:
-        NotImplementedError: It needs more memory than it may have.
+        NotImplementedError: It needs more memory than it may have, or a product of
+            matrices that XLA lacks on this platform.
     """
     fn = in_mode(attend, mode)
     start = time.perf_counter()
@@ -102,7 +103,13 @@ def in_mode(attend: Callable[..., jax.Array], mode: Mode) -> Callable[..., Any]:
 
 def _compile(fn, shape, dtype):
     array = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.jit(fn).lower(*[array] * len(Inputs._fields)).compile()
+    try:
+        return jax.jit(fn).lower(*[array] * len(Inputs._fields)).compile()
+    except ValueError as error:
+        # Such as float16 with accumulation in float32 on a CPU.
+        if "is not supported by dot_general" not in str(error):
+            raise
+        raise NotImplementedError(str(error).splitlines()[0]) from error
 
 
 def _temp_bytes(executable):

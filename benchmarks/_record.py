@@ -83,6 +83,7 @@ class Row(_Line):
     # "resident": growth of the process's peak resident set over one call. "allocator":
     # growth of the peak of PyTorch's CUDA allocator. The latter two include results.
     memory_source: str = "compiled"
+    load: float | None = None  # Of the machine in the minute before the run.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

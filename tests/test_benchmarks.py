@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 from types import MappingProxyType
 
 import pytest
@@ -122,6 +123,26 @@ def test_float64_is_float64(monkeypatch):
     assert all(
         row.max_abs_error < 1e-13 for row in rows if row.implementation == "scaling"
     )
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(3.0, True), (0.0, False)])
+def test_a_busy_machine_is_reported(load, is_busy, monkeypatch, capsys):
+    monkeypatch.setattr(_run, "run", lambda *_: [])
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    benchmarks.run(benchmarks.Config(quick=True))
+    assert ("The machine was busy" in capsys.readouterr().out) == is_busy
+
+
+def test_runs_without_softmax_where_that_cannot_run(monkeypatch, capsys):
+    # XLA has no product of float16 on a CPU that accumulates in float32.
+    monkeypatch.setattr(_cases, "SMOKE", (_cases.Case(1, 16, 8, "float16", 2),))
+    config = benchmarks.Config(quick=True, repeats=1, implementations=("scaling",))
+    rows = benchmarks.run(config)
+    modes = [row.mode for row in rows if row.implementation == "scaling"]
+    assert modes == list(_program.MODES)
+    if "softmax" not in {row.implementation for row in rows}:
+        assert "is not supported by dot_general" in capsys.readouterr().out
+        assert {row.ratio_to_softmax for row in rows} == {None}
 
 
 @pytest.mark.parametrize(

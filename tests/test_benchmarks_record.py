@@ -72,7 +72,7 @@ def test_skips_are_kept_beside_the_rows(tmp_path):
 
 
 def test_rows_of_before_the_peers_are_read():
-    new = {"version", "is_default", "memory_source"}
+    new = {"version", "is_default", "memory_source", "load"}
     fields = json.loads(row().json())
     old = json.dumps({name: x for name, x in fields.items() if name not in new})
     assert _record.Row.parse(old) == row()
