@@ -114,7 +114,7 @@ def run(config: Config) -> list[_record.Row]:
     if (facts["load"] or 0) > BUSY * facts["num_cpus"]:
         print(
             f"The machine was busy in the last minute (load {facts['load']:.1f} on "
-            f"{facts['num_cpus']} CPUs). Times will be noisy and PyTorch's far too long."
+            f"{facts['num_cpus']} CPUs). Times will be noisy, PyTorch's too long."
         )
     cases = _cases.select(config.sweeps, config.cases)
     rows = _run.run(
