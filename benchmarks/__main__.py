@@ -20,11 +20,11 @@ iteration written in plain PyTorch with autograd; `ott_unrolled` and `ott_implic
 OTT-JAX's solver, `pot` is POT's in log space. They get the same numbers in the same
 turns and as many threads as JAX, and do the same half steps: OTT and POT start from the
 potentials of the softmax. On Linux the C library is told to keep freed memory for the
-next call, from which PyTorch gains most; beyond that nothing is tuned: PyTorch and POT
-are eager, POT goes head by head. Half precision is widened to float32 for OTT, POT and
-the PyTorch iteration, as Sinkhorn does here. What is not installed or cannot run is
-skipped with a reason, also what needs more than half of the device's memory; reasons
-are kept beside the rows.
+next call, from which eager programs and large temporaries gain; beyond that nothing is
+tuned: PyTorch and POT are eager, POT goes head by head. Half precision is widened to
+float32 for OTT, POT and the PyTorch iteration, as Sinkhorn does here. What is not
+installed or cannot run is skipped with a reason, also what needs more than half of the
+device's memory; reasons are kept beside the rows.
 
 Memory of a JAX program is what the compiled executable declares as temporary: inputs
 and outputs are not in it. `ts_arrays_per_head` says how many T x S arrays (float32 or

@@ -18,12 +18,13 @@ def keep_freed_memory() -> None:
 
     glibc maps arrays of 32 MiB and more anew each time. An eager program then spends
     most of its time on page faults: PyTorch's Sinkhorn with gradients over 2 heads of
-    2048 tokens was measured 2.7 times slower. Compiled ones hardly notice.
+    2048 tokens was measured 2.7 times slower, and JAX's softmax attention at 8192, whose
+    compiled program takes one block of 2 GiB for its temporaries, twice.
     """
     mallopt = _c_function("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # Never.
 
 
 def give_freed_memory_back() -> None:

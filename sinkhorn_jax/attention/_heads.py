@@ -170,7 +170,7 @@ class Heads:
         return map_matrices(fn, xs, self._in_flight)
 
     @property
-    def bias_shape(self) -> tuple[int, int] | None:
+    def bias_shape(self) -> tuple[int, ...] | None:
         """(T or 1, S or 1); None without bias."""
         bias = self._operands.bias
         return None if bias is None else bias.shape[2:]

@@ -94,7 +94,7 @@ def _softmax(strips, value):
         return strip.put(m, m_i), strip.put(r, r_i), top, sums, out
 
     zeros = jnp.zeros(t, dtype)
-    out = jnp.zeros((t, value.shape[1]), dtype) if is_result else None
+    out = jnp.zeros((t, value.shape[1]), dtype)
     top = jnp.full(s, -jnp.inf, dtype)
     m, r, top, sums, out = strips.fold(
         first_pass, (zeros, zeros, top, jnp.zeros(s, dtype), out)
