@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
 
     glibc maps arrays of 32 MiB and more anew each time. An eager program then spends
     most of its time on page faults: PyTorch's Sinkhorn with gradients over 2 heads of
-    2048 tokens was measured 2.7 times slower, and JAX's softmax attention at 8192, whose
-    compiled program takes one block of 2 GiB for its temporaries, twice.
+    2048 tokens was measured 2.7 times slower, and JAX's softmax attention at 8192, with
+    2 GiB of temporaries in one block, twice.
     """
     mallopt = _c_function("mallopt")
     if mallopt is not None:
