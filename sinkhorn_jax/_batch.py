@@ -51,6 +51,8 @@ def map_and_add(
     """`map_matrices` of the first result of `fn`, the second added to its slot."""
     batch = slots.shape[0]
 
+    total = varying_like(total, xs)
+
     def add(total, inputs):
         xs, slots = inputs
         out, addend = fn(xs) if in_flight == 1 else jax.vmap(fn)(xs)
@@ -90,3 +92,17 @@ def mended(result: Any, is_right: Bool[Array, ""], instead: Callable[[], Any]) -
         return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
 
     return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)
+
+
+def varying_like(xs: Any, others: Any) -> Any:
+    """`xs`, varying over each axis of a `jax.shard_map` that one of `others` does.
+
+    The carry of a loop has to vary from the start like what is added to it, and an
+    operand like its cotangent. Elsewhere nothing happens.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return xs
+    # A result varies like its operands, and XLA drops a choice between equals.
+    firsts = [jnp.ravel(x)[0] for x in jax.tree.leaves(others)]
+    flag = functools.reduce(jnp.logical_or, [x != x for x in firsts])
+    return jax.tree.map(lambda x: jnp.where(flag, x, x), xs)

@@ -364,6 +364,28 @@ def test_transforms_agree(implementation):
     chex.assert_trees_all_close(remat(*operands), expected, atol=1e-12)
 
 
+@implementations
+def test_shard_map_over_the_batch(implementation):
+    """With its checks of what varies; the bias is the same for all shards."""
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch, whole = jax.sharding.PartitionSpec("b"), jax.sharding.PartitionSpec()
+    bias = random(5, (N, T, 1))
+
+    def attend(query, key, value, bias):
+        return sinkhorn_attention(
+            query, key, value, bias, num_iters=2, implementation=implementation
+        )
+
+    def gradients(attend):
+        loss = lambda *operands: jnp.sin(attend(*operands)).sum()
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*problem(), bias)
+
+    sharded = jax.shard_map(
+        attend, mesh=mesh, in_specs=(batch, batch, batch, whole), out_specs=batch
+    )
+    chex.assert_trees_all_close(gradients(sharded), gradients(attend), atol=1e-12)
+
+
 def test_scan_over_layers():
     query, key, _ = problem(s=T, k=N, d=H)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._batch import varying_like
 from .._domain import accum_dtype
 from .._options import Options
 
@@ -41,6 +42,12 @@ class Operands(NamedTuple):
     query_valid: Bool[Array, "B T"] | None
     key_valid: Bool[Array, "B S"] | None
     dropout_rng: Array | None
+
+
+def vary_alike(operands: Operands) -> Operands:
+    """The operands, under a `jax.shard_map` all varying over the same axes."""
+    arrays = operands._replace(dropout_rng=None)
+    return varying_like(arrays, arrays)._replace(dropout_rng=operands.dropout_rng)
 
 
 def add_bias_and_mask(

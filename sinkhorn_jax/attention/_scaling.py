@@ -14,7 +14,7 @@ from .._gradient import adjoint
 from .._iteration import marginal_error
 from .._solve import pull_back, solve, to_unit
 from ._heads import Heads
-from ._problem import Operands, Problem
+from ._problem import Operands, Problem, vary_alike
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -22,7 +22,7 @@ def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
-    return _attend(problem, operands)
+    return _attend(problem, vary_alike(operands))
 
 
 def why_not(problem: Problem) -> str | None:

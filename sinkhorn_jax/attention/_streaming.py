@@ -25,7 +25,7 @@ from .._domain import accum_dtype
 from .._gradient import Implicit
 from .._solve import to_unit
 from ._heads import Heads
-from ._problem import Operands, Problem
+from ._problem import Operands, Problem, vary_alike
 from ._streaming_backward import backward
 from ._streaming_forward import forward
 from ._strips import Strips, layout
@@ -41,7 +41,7 @@ def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
-    return _attend(problem, layout(problem), operands)
+    return _attend(problem, layout(problem), vary_alike(operands))
 
 
 def why_not(problem: Problem) -> str | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .._batch import varying_like
 from .._domain import dot
 from ._heads import Heads
 from ._problem import Problem
@@ -139,4 +140,4 @@ class Strips:
         def step(index, carry):
             return body(Strip(self, index), carry)
 
-        return jax.lax.fori_loop(0, count, step, init)
+        return jax.lax.fori_loop(0, count, step, varying_like(init, self.query))
