@@ -117,10 +117,10 @@ def _pull_back(strips, query_t, value_t, do_t, end, last_weight, sweep):
     """Cotangents of queries, keys and bias: plan * dplan, and the correction."""
     heads = strips.heads
     low, key = heads.low, heads.key(strips.head)
-    # The softmax is exp(logits + f): its g, which follows it, is not in its plan.
+    # The softmax is exp(logits + f) r: the g beside it is not in its plan.
     options = heads.problem.options
     has_softmax = 0 < options.num_iters == len(sweep.col_weight)
-    softmax_weight = sweep.row_weight[0] if has_softmax else None
+    softmax_weight = sweep.row_weight[0] * sweep.before.r[0] if has_softmax else None
     if has_softmax:
         sweep = sweep._replace(row_weight=sweep.row_weight.at[0].set(0))
     correction = _correction(strips, end, last_weight, sweep)

@@ -36,8 +36,8 @@ def forward(
     """Output, marginal error on request, and the states that the gradient needs.
 
     Those are the states after so many full iterations; with finish="columns" the last
-    one has the row scaling of the one before, as the result. That of the softmax, which
-    is exp(logits + f), has the g that follows it.
+    one has the row scaling of the one before, as the result. The first one is the
+    softmax, exp(logits + f) r, and its g is already that of the column step after it.
     """
     problem = strips.heads.problem
     options = problem.options
@@ -101,8 +101,9 @@ def _softmax(strips, value):
     )
     rows, cols = r != 0, top != -jnp.inf
     a, b = uniform_marginals(rows, cols, dtype)
-    f = jnp.where(rows, jnp.log(jnp.where(rows, r, 1)) - m, 0)
-    start = State(f, jnp.zeros_like(b), a, cols.astype(dtype))
+    # The maxima alone: logits + f is exact then, and f with log r in it would be rounded.
+    f = jnp.where(rows, -m, 0)
+    start = State(f, jnp.zeros_like(b), r, cols.astype(dtype))
     if is_result:
         return start, a, b, out, sums
     top = jnp.where(cols, top, 0)
@@ -179,7 +180,11 @@ def _defect(sums, target, a):
 
 
 def _divide(x, y):
-    """Quotient; 0 for padding, where y is."""
+    """Quotient; 0 for padding, where y is.
+
+    It is 0 nowhere else: a sum is that of a plan with one scaling left out, and
+    `MAX_DRIFT` keeps those in range.
+    """
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
