@@ -101,7 +101,7 @@ def _softmax(strips, value):
     )
     rows, cols = r != 0, top != -jnp.inf
     a, b = uniform_marginals(rows, cols, dtype)
-    # The maxima alone: logits + f is exact then, and f with log r in it would be rounded.
+    # The maxima alone, for logits + f to be exact; with log r in it f is rounded.
     f = jnp.where(rows, -m, 0)
     start = State(f, jnp.zeros_like(b), r, cols.astype(dtype))
     if is_result:
