@@ -46,7 +46,13 @@ def run(
             with _x64(case):
                 for mode in MODES:
                     new, reasons = _measure(
-                        case, mode, (SOFTMAX, *names), time_in_turns, facts, progress
+                        case,
+                        mode,
+                        (SOFTMAX, *names),
+                        time_in_turns,
+                        facts,
+                        progress,
+                        rows,
                     )
                     rows += new
                     skips = [_skip(case, mode, facts, *x) for x in reasons.items()]
@@ -64,8 +70,9 @@ def _measure(
     time_in_turns: Callable[..., _turns.Times],
     facts: dict[str, Any],
     progress: tqdm.tqdm,
+    earlier: Sequence[_record.Row],
 ) -> tuple[list[_record.Row], dict[str, str]]:
-    """Rows, and reasons for what has none."""
+    """Rows, and reasons for what has none; `earlier` are the rows before."""
     programs: dict[str, Program] = {}
     reasons: dict[str, str] = {}
 
@@ -80,6 +87,7 @@ def _measure(
     for name in names:
         say(f"build {name}")
         try:
+            _check_time(name, case, mode, earlier)
             programs[name] = _programs.build(name, case, mode)
         except NotImplementedError as reason:
             skip(name, reason)
@@ -129,6 +137,21 @@ def _measure(
             )
         )
     return rows, reasons
+
+
+def _check_time(name, case, mode, earlier):
+    """Refuses what took too long with fewer tokens, all else the same."""
+    for row in earlier:
+        tokens = row.shape_btnh[1]
+        fewer = dataclasses.replace(case, tokens=tokens)
+        is_same = row.implementation == name and row.mode == mode
+        if is_same and tokens < case.tokens and _is_of(row, fewer):
+            _limits.check_time(row.median_ms / 1e3, case.tokens, tokens)
+
+
+def _is_of(row, case):
+    fields = _case_fields(case)
+    return all(getattr(row, name) == value for name, value in fields.items())
 
 
 def _skip(case, mode, facts, name, reason):
