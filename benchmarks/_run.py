@@ -40,6 +40,7 @@ def run(
         _turns.time_in_turns, repeats=repeats, budget_s=budget_s, reference=SOFTMAX
     )
     _process.keep_freed_memory()
+    before = [] if output is None else _record.read_file(output)
     rows = []
     with tqdm.tqdm(total=len(MODES) * len(cases), unit="case") as progress:
         for case in cases:
@@ -52,7 +53,7 @@ def run(
                         time_in_turns,
                         facts,
                         progress,
-                        rows,
+                        [*before, *rows],
                     )
                     rows += new
                     skips = [_skip(case, mode, facts, *x) for x in reasons.items()]
@@ -72,7 +73,7 @@ def _measure(
     progress: tqdm.tqdm,
     earlier: Sequence[_record.Row],
 ) -> tuple[list[_record.Row], dict[str, str]]:
-    """Rows, and reasons for what has none; `earlier` are the rows before."""
+    """Rows, and reasons for what has none; `earlier` are rows that there were before."""
     programs: dict[str, Program] = {}
     reasons: dict[str, str] = {}
 
