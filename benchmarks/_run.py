@@ -73,7 +73,7 @@ def _measure(
     progress: tqdm.tqdm,
     earlier: Sequence[_record.Row],
 ) -> tuple[list[_record.Row], dict[str, str]]:
-    """Rows, and reasons for what has none; `earlier` are rows that there were before."""
+    """Rows, and reasons for what has none; `earlier` are rows from before."""
     programs: dict[str, Program] = {}
     reasons: dict[str, str] = {}
 
