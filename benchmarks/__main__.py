@@ -9,7 +9,8 @@ untimed. Then all programs of a case take turns; a time runs from the call until
 result is ready, on inputs that are on the device already, and a turn begins with an
 untimed call if calls take less than 0.25 s. Each has at least `repeats` turns, 3 if a
 call takes over 2 s, and more until it has used its share of `budget_s`; one whose first
-call takes over 20 s is not called again, and that call is its time. Median and
+call takes over 20 s is not called again, and that call is its time. What would take
+over 300 s, four times as long as with half the tokens, is skipped. Median and
 interquartile range are reported, and the ratio to `jax.nn.dot_product_attention`,
 called plainly, is one of medians over the same rounds. Forward and backward together
 are the output and the gradients with respect to query, key and value, for a random

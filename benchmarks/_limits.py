@@ -18,6 +18,8 @@ SLOW_CALL_S: Final = 2.0
 FEWEST_REPEATS: Final = 3
 # A call before that, untimed else, that takes longer is the measurement, the only one.
 CALL_LIMIT_S: Final = 20.0
+# A program is not run at all if a call would take longer, by what fewer tokens took.
+LONGEST_CALL_S: Final = 300.0
 
 GIB: Final = 2**30
 # How XLA and PyTorch say that memory ran out.
@@ -49,6 +51,25 @@ def check_memory(num_bytes: float, free: float | None = None) -> None:
     if limits and num_bytes > min(limits):
         raise NotImplementedError(
             f"it needs about {num_bytes / GIB:.1f} GiB, limit {min(limits) / GIB:.1f}"
+        )
+
+
+def check_time(seconds: float, tokens: int, earlier_tokens: int) -> None:
+    """Refuses a program of quadratic cost that would take too long.
+
+    Args:
+        seconds: What a call took.
+        tokens: What a call is wanted for.
+        earlier_tokens: What that call was for.
+
+    Raises:
+        NotImplementedError: With the reason for skipping it.
+    """
+    expected = seconds * (tokens / earlier_tokens) ** 2
+    if expected > LONGEST_CALL_S:
+        raise NotImplementedError(
+            f"a call would take about {expected:.0f} s, limit {LONGEST_CALL_S:.0f}: it "
+            f"took {seconds:.3g} s for {earlier_tokens} tokens"
         )
 
 

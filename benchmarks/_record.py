@@ -114,6 +114,11 @@ def read(directory: Path = RESULTS) -> list[Row]:
     return _read(Row, paths)
 
 
+def read_file(path: Path) -> list[Row]:
+    """The rows of one file; none if it is not there yet."""
+    return _read(Row, [path]) if path.exists() else []
+
+
 def read_skips(directory: Path = RESULTS) -> list[Skip]:
     """All skips, likewise."""
     return _read(Skip, directory.glob(f"*/*{SKIPS}"))

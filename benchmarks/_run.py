@@ -40,13 +40,20 @@ def run(
         _turns.time_in_turns, repeats=repeats, budget_s=budget_s, reference=SOFTMAX
     )
     _process.keep_freed_memory()
+    before = [] if output is None else _record.read_file(output)
     rows = []
     with tqdm.tqdm(total=len(MODES) * len(cases), unit="case") as progress:
         for case in cases:
             with _x64(case):
                 for mode in MODES:
                     new, reasons = _measure(
-                        case, mode, (SOFTMAX, *names), time_in_turns, facts, progress
+                        case,
+                        mode,
+                        (SOFTMAX, *names),
+                        time_in_turns,
+                        facts,
+                        progress,
+                        [*before, *rows],
                     )
                     rows += new
                     skips = [_skip(case, mode, facts, *x) for x in reasons.items()]
@@ -64,8 +71,9 @@ def _measure(
     time_in_turns: Callable[..., _turns.Times],
     facts: dict[str, Any],
     progress: tqdm.tqdm,
+    earlier: Sequence[_record.Row],
 ) -> tuple[list[_record.Row], dict[str, str]]:
-    """Rows, and reasons for what has none."""
+    """Rows, and reasons for what has none; `earlier` are rows from before."""
     programs: dict[str, Program] = {}
     reasons: dict[str, str] = {}
 
@@ -80,6 +88,7 @@ def _measure(
     for name in names:
         say(f"build {name}")
         try:
+            _check_time(name, case, mode, earlier)
             programs[name] = _programs.build(name, case, mode)
         except NotImplementedError as reason:
             skip(name, reason)
@@ -129,6 +138,21 @@ def _measure(
             )
         )
     return rows, reasons
+
+
+def _check_time(name, case, mode, earlier):
+    """Refuses what took too long with fewer tokens, all else the same."""
+    for row in earlier:
+        tokens = row.shape_btnh[1]
+        fewer = dataclasses.replace(case, tokens=tokens)
+        is_same = row.implementation == name and row.mode == mode
+        if is_same and tokens < case.tokens and _is_of(row, fewer):
+            _limits.check_time(row.median_ms / 1e3, case.tokens, tokens)
+
+
+def _is_of(row, case):
+    fields = _case_fields(case)
+    return all(getattr(row, name) == value for name, value in fields.items())
 
 
 def _skip(case, mode, facts, name, reason):

@@ -52,6 +52,22 @@ class Correction(NamedTuple):
     col_weight: Float[Array, "M S"]
 
 
+class Product(NamedTuple):
+    """The matrix left_t^T right, not multiplied out."""
+
+    left_t: Float[Array, "D T"]
+    right: Float[Array, "D S"]
+
+
+class Frame(NamedTuple):
+    """What `Linear` found out about logits before it took their exponential."""
+
+    rows: Bool[Array, " T"]
+    cols: Bool[Array, " S"]
+    m: Float[Array, " T"]
+    n: Float[Array, " S"]
+
+
 class Linear(NamedTuple):
     """Plan = r * kernel * c: a half step is a matrix-vector product."""
 
@@ -71,6 +87,17 @@ class Linear(NamedTuple):
         rows = dot(kernel, jnp.exp(n)) != 0
         cols = dot(jnp.ones_like(m), kernel) != 0
         return cls(kernel, rows, cols, m, n)
+
+    @classmethod
+    def again(cls, logits: Float[Array, "T S"], frame: "Frame") -> "Linear":
+        """The same as before from the same logits, in one pass over them."""
+        kernel = jnp.exp((logits - frame.m[:, None]) - frame.n[None, :])
+        return cls(kernel, *frame)
+
+    @property
+    def frame(self) -> "Frame":
+        """All but the kernel matrix."""
+        return Frame(self.rows, self.cols, self.m, self.n)
 
     def start(self) -> Float[Array, " S"]:
         """The column scaling that makes the first row step the softmax."""
@@ -112,11 +139,19 @@ class Linear(NamedTuple):
         return dot(x * _row(r, x), self.kernel) * _row(c, x)
 
     def pull_back(self, r, c, direct, correction: Correction):
-        """Cotangent of the logits: plan * direct, and the correction, at rank K + M."""
-        left = [correction.row_weight * correction.row_r, correction.col_r]
+        """Cotangent of the logits: plan * direct, and the correction, at rank K + M.
+
+        `direct` is a matrix, a scalar, or a `Product`: then one product makes both.
+        """
+        left = [-correction.row_weight * correction.row_r, -correction.col_r]
         right = [correction.row_c, correction.col_weight * correction.col_c]
-        rank_k = dot(jnp.concatenate(left).T, jnp.concatenate(right))  # [T, S]
-        return self.kernel * ((r[:, None] * c[None, :]) * direct - rank_k)
+        if isinstance(direct, Product):
+            left.append(direct.left_t * r[None, :])
+            right.append(direct.right * c[None, :])
+        low_rank = dot(jnp.concatenate(left).T, jnp.concatenate(right))  # [T, S]
+        if isinstance(direct, Product):
+            return self.kernel * low_rank
+        return self.kernel * ((r[:, None] * c[None, :]) * direct + low_rank)
 
     def potentials(self, r, c):
         """Potentials f and g, plan = exp(logits + f + g); 0 for padding."""
@@ -190,6 +225,8 @@ class Log(NamedTuple):
 
         The scalings of the steps differ too much to share one kernel matrix here.
         """
+        if isinstance(direct, Product):
+            direct = dot(direct.left_t.T, direct.right)
         row_terms, col_terms = correction[:3], correction[3:]
 
         def row_term(dz, term):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ._batch import mended
-from ._domain import Domain, Linear, Log
+from ._domain import Domain, Frame, Linear, Log
 from ._gradient import kept_iterations
 from ._iteration import History, is_representable, iterate, iterate_until
 from ._options import Options
@@ -27,6 +27,7 @@ class Solution(NamedTuple):
 
     history: History
     is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
+    frame: Frame
 
 
 def solve(
@@ -59,7 +60,7 @@ def solve(
     is_linear = is_representable(linear, result[1], *marginals(linear))
     out, history = mended(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
-    return out, Solution(kept, is_linear)
+    return out, Solution(kept, is_linear, linear.frame)
 
 
 def pull_back(
@@ -67,7 +68,7 @@ def pull_back(
 ) -> Any:
     """Return `cotangents` of the domain that the solution is in."""
     return mended(
-        cotangents(Linear.of(logits())),
+        cotangents(Linear.again(logits(), solution.frame)),
         solution.is_linear,
         lambda: cotangents(Log.of(logits())),
     )

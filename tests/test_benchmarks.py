@@ -50,6 +50,20 @@ def test_quick_measures_everything_in_both_modes(quick):
         assert sum(row.is_default for row in rows if row.mode == mode) == 1
 
 
+def test_what_is_slow_is_skipped_with_more_tokens(quick, monkeypatch):
+    monkeypatch.setattr(_limits, "LONGEST_CALL_S", 0.0)
+    (case,) = _cases.SMOKE
+    more = dataclasses.replace(case, tokens=2 * case.tokens)
+    for row in quick[0]:
+        check = lambda case, row=row: _run._check_time(
+            row.implementation, case, row.mode, quick[0]
+        )
+        with pytest.raises(NotImplementedError, match="would take about"):
+            check(more)
+        check(case)
+        check(dataclasses.replace(more, num_iters=case.num_iters + 1))
+
+
 def test_quick_numbers_are_finite_and_consistent(quick):
     for row in quick[0]:
         is_peer = row.implementation in PEERS

@@ -178,6 +178,13 @@ def test_memory_limits(monkeypatch):
     _limits.check_memory(2**60)
 
 
+def test_what_would_take_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(_limits, "LONGEST_CALL_S", 1.0)
+    _limits.check_time(0.2, 64, 32)
+    with pytest.raises(NotImplementedError, match=r"about 2 s.*0.45 s for 32 tokens"):
+        _limits.check_time(0.45, 64, 32)
+
+
 def test_growth_of_the_resident_set():
     size = 2**26
     growth = _process.peak_growth(lambda: np.ones(size, np.uint8))

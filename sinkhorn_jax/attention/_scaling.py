@@ -9,7 +9,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from .._domain import dot
+from .._domain import Product, dot
 from .._gradient import adjoint
 from .._iteration import marginal_error
 from .._solve import pull_back, solve, to_unit
@@ -91,11 +91,11 @@ def _attend_bwd(problem, residuals, cotangents):
         def in_domain(domain):
             a, b = heads.marginals(domain)
             r, c = solution.history.end(problem.options.finish)
-            dplan = dot(do_t.T, v.T)
             if keep is None:
+                dplan = Product(do_t, v.T)
                 dv_t = domain.apply_left(do_t, r, c)
             else:
-                dplan = dplan * keep
+                dplan = dot(do_t.T, v.T) * keep
                 dv_t = dot(do_t, domain.plan(r, c) * keep)
             correction = adjoint(
                 problem.options.gradient,
