@@ -70,7 +70,7 @@ def read(
     )
     by_split = {}
     for split, source in sources.items():
-        rows = [source[i] for i in range(len(source))]
+        rows = list(source)
         # Real labels are ints, those of tfds.testing.mock_data 0-d arrays.
         labels = np.array([int(row[keys[1]]) for row in rows], np.int32)
         if (labels >= 0).all():  # TFDS marks what is unlabelled by -1.

@@ -124,7 +124,12 @@ def _tables(task, data_dir):
     if task.startswith("tfds:"):
         return prepared.read_named(task.removeprefix("tfds:"), data_dir)
     builder = prepare(task, data_dir=data_dir)
-    return prepared.read(builder.info, builder.as_data_source())
+    # All at once takes a quarter of the time of one by one, but mocks cannot do it.
+    rows = {
+        split: source.__getitems__(list(range(len(source))))
+        for split, source in builder.as_data_source().items()
+    }
+    return prepared.read(builder.info, rows)
 
 
 def _splits(task, tables, seed):

@@ -9,7 +9,7 @@ from ..reviews import load_reviews
 
 
 class MovieReviews(tfds.core.GeneratorBasedBuilder):
-    """24,904 distinct reviews in one split: whoever loads them splits them."""
+    """24,902 distinct reviews in one split: whoever loads them splits them."""
 
     VERSION = tfds.core.Version("1.0.0")
 
