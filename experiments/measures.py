@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from sinkhorn_jax import collapse
 
 from . import pure_attention
-from .data import Reviews
+from .data import Examples
 from .models import Encoder, valid_tokens
 from .training import Params
 
@@ -43,11 +43,11 @@ DEFINITIONS = {
 
 
 def measure(
-    model: Encoder, params: Params, reviews: Reviews, *, has_skip: bool
+    model: Encoder, params: Params, reviews: Examples, *, has_skip: bool
 ) -> dict[str, list[list[float]]]:
     """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
     residual, entropy, defect, embedding = jax.device_get(
-        _observe(model, has_skip, params, reviews.tokens, reviews.lengths)
+        _observe(model, has_skip, params, reviews.inputs, reviews.lengths)
     )
     result = {
         "relative_residual": np.median(residual, axis=2).tolist(),

