@@ -1,21 +1,25 @@
 """Sinkhorn attention for Flax linen."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
-from ._domain import PRECISION, accum_dtype
 from ._gradient import Exact, Gradient
 from ._iteration import Finish
-from ._options import Options
-from ._sinkhorn import sinkhorn
-from .attention._api import CAUSAL, attend, check_scale
+from ._layers import (
+    SINGLE_QUERY,
+    Dropout,
+    Operands,
+    apply_plan,
+    for_both_sides,
+    make_plan,
+    normaliser,
+)
 
 
 def attention_fn(
@@ -34,10 +38,11 @@ def attention_fn(
     axes; masks of any dtype, nonzero where a query may attend. A mask made by
     `nn.make_attention_mask(valid, valid)` leaves padded queries and keys out of the
     plan; a mask of the keys alone leaves padded queries in, and they pour mass into the
-    columns. Dropout acts on the plan, one mask for all batch elements and heads with
-    `broadcast_dropout`. With `sow_weights` the plan is sown as "attention_weights". The
-    product with the values is always accumulated in float32 at least, whatever
-    `precision` and `force_fp32_for_softmax` say.
+    columns: where queries are as many as keys, that warns. Dropout acts on the plan,
+    one mask for all batch elements and heads with `broadcast_dropout`. With
+    `sow_weights` the plan is sown as "attention_weights". The product with the values
+    is always accumulated in float32 at least, whatever `precision` and
+    `force_fp32_for_softmax` say.
 
     Args:
         num_iters: Sinkhorn iterations; 0 is softmax attention.
@@ -56,9 +61,13 @@ def attention_fn(
             whatever the logits. A causal mask is recognised where its values are known:
             a traced one, under `jit` as an argument, cannot be examined.
     """
-    options = Options(num_iters, finish, gradient)
-    scale = None if scale is None else check_scale(scale)
+    return _attention_fn(normaliser(num_iters, scale, finish, gradient, implementation))
 
+
+def _attention_fn(
+    how, query_seq_lengths=None, key_value_seq_lengths=None, sow_error=None
+):
+    # Flax passes the arguments that this signature names.
     def sinkhorn_attention_fn(
         query: Float[Array, "*batch T N H"],
         key: Float[Array, "*batch S N H"],
@@ -75,70 +84,129 @@ def attention_fn(
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         if mask is not None:
             mask = jnp.asarray(mask).astype(bool)
-            _check_not_causal(mask, query.shape[-3], key.shape[-3])
-        if module is not None:
-            plan = _plan(query, key, bias, mask, scale, options, implementation)
-            module.sow("intermediates", "attention_weights", plan)
-        batch = query.shape[:-3]
-        out, _ = attend(
-            query.reshape(-1, *query.shape[-3:]),
-            key.reshape(-1, *key.shape[-3:]),
-            value.reshape(-1, *value.shape[-3:]),
-            _flatten_batch("bias", bias, batch),
-            _flatten_batch("mask", mask, batch),
-            options=options,
-            scale=scale,
-            dropout_rate=0.0 if deterministic else dropout_rate,
-            dropout_rng=dropout_rng,
-            broadcast_dropout=broadcast_dropout,
-            implementation=implementation,
+        operands = Operands(
+            query, key, bias, mask, query_seq_lengths, key_value_seq_lengths
         )
-        return out.reshape(*batch, *out.shape[1:])
+        rate = 0.0 if deterministic else dropout_rate
+        out, error = apply_plan(
+            how,
+            operands,
+            value,
+            dropout=Dropout(rate, dropout_rng, broadcast_dropout),
+            return_marginal_error=sow_error is not None,
+        )
+        if module is not None:
+            module.sow("intermediates", "attention_weights", make_plan(how, operands))
+        if sow_error is not None:
+            sow_error(error)
+        return out
 
     return sinkhorn_attention_fn
 
 
-def _check_not_causal(mask, t, s):
-    if t == 1 and s > 1:
-        raise ValueError(
-            "A single query with a mask, as in decode=True, got T=1 and "
-            f"S={s}: its only plan with equal columns is uniform, whatever the logits. "
-            "Use nn.dot_product_attention for it."
+class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
+    """Multi-head attention whose weights are doubly stochastic.
+
+    Its attributes, parameters and call are those of `nn.MultiHeadDotProductAttention`,
+    so that parameters trained with either load into the other, with what Sinkhorn adds.
+    `attention_fn` is no attribute to set, and `decode=True` is refused at the call: the
+    plan of a single query is uniform. `inputs_kv`, which Flax deprecates, is left out.
+
+    Padding is best given as sequence lengths, which never become a (T, S) array. In
+    self-attention, where `inputs_k` is left out, queries and keys are the same tokens:
+    `query_seq_lengths` then stand for both, and a mask of the keys alone (one row, as
+    (B, 1, 1, S)) excludes the padded queries as well.
+
+    Attributes:
+        num_iters: Sinkhorn iterations; 0 is softmax attention.
+        scale: Of the logits; default 1/sqrt(H).
+        finish: As in `sinkhorn_attention`.
+        gradient: As in `sinkhorn_attention`.
+        implementation: As in `sinkhorn_attention`.
+    """
+
+    attention_fn: None = dataclasses.field(default=None, init=False, repr=False)
+    num_iters: int = 10
+    scale: float | None = None
+    finish: Finish = "rows"
+    gradient: Gradient = Exact()
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T F"],
+        inputs_k: Float[Array, "*batch S G"] | None = None,
+        inputs_v: Float[Array, "*batch S E"] | None = None,
+        *,
+        mask: Array | None = None,
+        query_seq_lengths: Integer[Array, "..."] | None = None,
+        key_value_seq_lengths: Integer[Array, "..."] | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        sow_marginal_error: bool = False,
+    ) -> Float[Array, "*batch T O"]:
+        """Attend.
+
+        Args:
+            inputs_q: Tokens that ask. F features.
+            inputs_k: Tokens that are attended to; None for `inputs_q`.
+            inputs_v: What they hand over; None for `inputs_k`.
+            mask: Of any dtype, nonzero where a query may attend to a key; broadcasts to
+                (*batch, N, T, S).
+            query_seq_lengths: Valid tokens of `inputs_q`; broadcasts to *batch.
+            key_value_seq_lengths: Valid tokens of `inputs_k`. Given without the other,
+                all queries count as valid.
+            deterministic: Whether to leave dropout out.
+            dropout_rng: Instead of the module's own "dropout" key.
+            sow_weights: Sow the plan (*batch, N, T, S) as "attention_weights" into
+                "intermediates". It is made from explicit logits.
+            sow_marginal_error: Likewise the marginal error (*batch, N), as
+                "marginal_error"; see `sinkhorn_attention`.
+
+        Returns:
+            The attended values after the output projection. O output features.
+
+        Raises:
+            TypeError: As for `sinkhorn_attention`.
+            ValueError: As for `attention_fn`, and for `decode=True`.
+        """
+        if self.decode:
+            raise ValueError(SINGLE_QUERY.format("decode=True"))
+        how = normaliser(
+            self.num_iters, self.scale, self.finish, self.gradient, self.implementation
         )
-    if isinstance(mask, Tracer) or t != s or mask.shape[-2:] != (t, s):
-        return
-    allowed = np.asarray(mask).reshape(-1, t, s).any(axis=0)
-    if np.tril(allowed, -1).any() and not np.triu(allowed, 1).any():
-        raise ValueError(CAUSAL.format("A causal mask"))
+        if inputs_k is None:
+            mask = (
+                None if mask is None else for_both_sides(jnp.asarray(mask).astype(bool))
+            )
+            if key_value_seq_lengths is None:
+                key_value_seq_lengths = query_seq_lengths
 
+        def sow_error(error):
+            self.sow("intermediates", "marginal_error", error)
 
-def _flatten_batch(name, x, batch):
-    """(*batch, N, T, S) with broadcast axes to (B or 1, N, T, S)."""
-    if x is None or x.ndim <= 3:
-        return x
-    lead, rest = x.shape[:-3], x.shape[-3:]
-    if all(n == 1 for n in lead):
-        return x.reshape(1, *rest)
-    if len(lead) > len(batch):
-        raise ValueError(
-            f"{name} must broadcast to (*batch, heads, T, S) with batch axes {batch}, "
-            f"got shape {x.shape}."
+        layer = nn.MultiHeadDotProductAttention(
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(nn.MultiHeadDotProductAttention)
+                if field.name not in ("parent", "name", "attention_fn")
+            },
+            attention_fn=_attention_fn(
+                how,
+                query_seq_lengths,
+                key_value_seq_lengths,
+                sow_error if sow_marginal_error else None,
+            ),
         )
-    return jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)
-
-
-def _plan(query, key, bias, mask, scale, options, implementation):
-    dtype = accum_dtype(query.dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key = query.astype(dtype) * scale, key.astype(dtype)
-    logits = jnp.einsum("...tnh,...snh->...nts", query, key, precision=PRECISION)
-    if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
-    return sinkhorn(
-        logits,
-        options.num_iters,
-        where=mask,
-        finish=options.finish,
-        gradient=options.gradient,
-        implementation=implementation,
-    )
+        nn.share_scope(self, layer)
+        return layer(
+            inputs_q,
+            inputs_k,
+            inputs_v,
+            mask=mask,
+            deterministic=deterministic,
+            dropout_rng=dropout_rng,
+            sow_weights=sow_weights,
+        )

@@ -139,7 +139,7 @@ def test_causal_masks_and_decoding_are_explained():
     # Flax's own cache index does not survive strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         variables = decoder.init(jax.random.key(1), x)
-        with pytest.raises(ValueError, match="single query"):
+        with pytest.raises(ValueError, match="single row"):
             decoder.apply(variables, x[:, :1], mutable=["cache"])
 
 
