@@ -142,20 +142,16 @@ def _measure(
 
 def _check_time(name, case, mode, earlier):
     """Refuses what took too long with the most tokens before, all else the same."""
-    took = {}
-    for row in earlier:
-        tokens = row.shape_btnh[1]
-        fewer = dataclasses.replace(case, tokens=tokens)
-        is_same = row.implementation == name and row.mode == mode
-        if is_same and tokens < case.tokens and _is_of(row, fewer):
-            took[tokens] = row.median_ms / 1e3
+    took = {
+        row.case.tokens: row.median_ms / 1e3
+        for row in earlier
+        if row.implementation == name
+        and row.mode == mode
+        and row.case.tokens < case.tokens
+        and row.case == dataclasses.replace(case, tokens=row.case.tokens)
+    }
     if took:
         _limits.check_time(took[max(took)], case.tokens, max(took))
-
-
-def _is_of(row, case):
-    fields = _case_fields(case)
-    return all(getattr(row, name) == value for name, value in fields.items())
 
 
 def _skip(case, mode, facts, name, reason):
