@@ -11,8 +11,8 @@ from sinkhorn_jax import collapse
 
 from . import pure_attention
 from .data import Examples
-from .models import Encoder, valid_tokens
-from .training import Params
+from .ensemble import Params
+from .models import Encoder
 
 # Relative residuals below it are roundings: one of float32 in each token is 1e-7, and
 # a layer has several.
@@ -23,7 +23,7 @@ FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
 DEFINITIONS = {
     "relative_residual": (
         "Frobenius norm of the tokens less their mean, over that of the tokens, "
-        "without padding; median over the measured reviews; [seed][layer], 0 the "
+        "without padding; median over the measured examples; [seed][layer], 0 the "
         "embedding. Computed in float32: what is below 5e-7 is rounding."
     ),
     "log10_relative_residual": (
@@ -31,23 +31,23 @@ DEFINITIONS = {
         "the network's own weights; for pure attention only."
     ),
     "attention_entropy": (
-        "Nats; mean over rows, heads and measured reviews; [seed][layer]. At most "
+        "Nats; mean over rows, heads and measured examples; [seed][layer]. At most "
         "data.max_entropy, the mean logarithm of the lengths."
     ),
     "column_defect": (
         "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
-        "heads and measured reviews; [seed][layer]. Rows sum to 1."
+        "heads and measured examples; [seed][layer]. Rows sum to 1."
     ),
     "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
 }
 
 
 def measure(
-    model: Encoder, params: Params, reviews: Examples, *, has_skip: bool
+    model: Encoder, params: Params, examples: Examples, *, has_skip: bool
 ) -> dict[str, list[list[float]]]:
     """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
     residual, entropy, defect, embedding = jax.device_get(
-        _observe(model, has_skip, params, reviews.inputs, reviews.lengths)
+        _observe(model, has_skip, params, examples.inputs, examples.lengths)
     )
     result = {
         "relative_residual": np.median(residual, axis=2).tolist(),
@@ -55,20 +55,18 @@ def measure(
         "column_defect": defect.tolist(),
     }
     if not has_skip and not model.has_mlp and model.layer_norm == "none":
-        logs = _recursion(model, params, embedding, reviews.lengths)
+        logs = _recursion(model, params, embedding, examples.lengths)
         result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
     return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(model, has_skip, params, tokens, lengths):
-    where = valid_tokens(lengths, tokens.shape[1])  # [B, T]
-    rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
-
+def _observe(model, has_skip, params, inputs, lengths):
     def observe(params):
-        _, (hidden_states, plans) = model.apply(
-            {"params": params}, tokens, lengths, has_skip=has_skip, with_plans=True
+        _, (hidden_states, plans, where) = model.apply(
+            {"params": params}, inputs, lengths, has_skip=has_skip, with_plans=True
         )
+        rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
         return (
             collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
             collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
@@ -83,6 +81,8 @@ def _recursion(model, params, embedding, lengths):
     """The residuals of pure attention, [S, B, L + 1], as decimal logarithms."""
     kernels = jax.device_get(params["layers"]["attention"])
     result = []
+    if lengths is None:
+        lengths = np.full(embedding.shape[1], embedding.shape[2])
     for seed, x in enumerate(embedding):
         weights = pure_attention.Weights(
             *(kernels[name]["kernel"][seed] for name in pure_attention.Weights._fields)
@@ -90,9 +90,9 @@ def _recursion(model, params, embedding, lengths):
         result.append(
             [
                 pure_attention.log10_relative_residual(
-                    review[:length], weights, model.num_iters
+                    tokens[:length], weights, model.num_iters
                 )
-                for review, length in zip(x, lengths, strict=True)
+                for tokens, length in zip(x, lengths, strict=True)
             ]
         )
     return np.array(result)

@@ -36,7 +36,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from . import rank_decay_figure, record, training
+from . import ensemble, rank_decay_figure, record
 from .data import imdb
 from .measures import DEFINITIONS, FLOAT32_FLOOR, measure
 from .models import Encoder, LayerNorm, num_parameters
@@ -224,9 +224,9 @@ def _run_case(case, config, dataset, on_step):
     measured = dataset.validation.take(slice(config.num_measured))
     # One program for all cases whose parameters have equal shapes.
     stem = model.clone(num_iters=0)
-    params = training.init(stem, config.seeds, config.seq_len)
+    params = ensemble.init(stem, config.seeds, config.seq_len)
     at_init = measure(model, params, measured, has_skip=case.has_skip)
-    trained, losses = training.train(
+    trained, losses = ensemble.train(
         model,
         params,
         dataset.train,
@@ -243,7 +243,7 @@ def _run_case(case, config, dataset, on_step):
             f"NaN with learning_rate={config.learning_rate}. Lower it."
         )
     accuracy = functools.partial(
-        training.accuracy, model, trained, has_skip=case.has_skip
+        ensemble.accuracy, model, trained, has_skip=case.has_skip
     )
     some = dataset.train.take(slice(config.num_validation))
     return {

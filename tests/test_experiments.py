@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command
-from experiments import measures, models, pure_attention, rank_decay, record, training
+from experiments import ensemble, measures, models, pure_attention, rank_decay, record
 from experiments.data import Examples
 from experiments.models import Encoder
 from experiments.pure_attention import Weights, log10_relative_residual
@@ -43,7 +43,7 @@ def forward(model, params, tokens, lengths, has_skip=True, with_plans=True):
 
 
 def params_of(model):
-    params = training.init(model, (0,), model.seq_len)
+    params = ensemble.init(model, (0,), model.seq_len)
     # Large embeddings, so that attention is far from uniform.
     params = jax.tree.map(lambda x: x[0], params)
     scale = lambda x: x * jnp.asarray(50, x.dtype)
@@ -59,8 +59,8 @@ def test_padding_changes_nothing():
     lengths = np.array([4, 4], np.int32)
     crops = forward(model, params, tokens[:, :4], lengths)
     for padded in (tokens, others):
-        logits, (hidden, plans) = forward(model, params, padded, lengths)
-        cropped, (hidden_crop, plans_crop) = crops
+        logits, (hidden, plans, _) = forward(model, params, padded, lengths)
+        cropped, (hidden_crop, plans_crop, _) = crops
         np.testing.assert_allclose(logits, cropped, atol=ATOL)
         np.testing.assert_allclose(hidden[:, :, :4], hidden_crop, atol=ATOL)
         np.testing.assert_allclose(plans[..., :4, :4], plans_crop, atol=ATOL)
@@ -72,7 +72,7 @@ def test_intermediates():
     model = Encoder(**SMALL)
     tokens, lengths = np.ones((3, 6), np.int32), np.array([6, 2, 4], np.int32)
     params = params_of(model)
-    logits, (hidden, plans) = forward(model, params, tokens, lengths)
+    logits, (hidden, plans, _) = forward(model, params, tokens, lengths)
     assert logits.shape == (3, 2)
     assert hidden.shape == (3, 3, 6, 8)
     assert plans.shape == (2, 3, 2, 6, 6)
@@ -141,7 +141,7 @@ def test_switches_do_what_they_say(layer_norm):
 
 def test_the_mlp_adds_parameters_and_bad_models_are_refused():
     sizes = [
-        models.num_parameters(training.init(Encoder(**SMALL, has_mlp=m), (0,), 6))
+        models.num_parameters(ensemble.init(Encoder(**SMALL, has_mlp=m), (0,), 6))
         for m in (False, True)
     ]
     norm, mlp = 2 * 8, (8 * 32 + 32) + (32 * 8 + 8)
@@ -169,20 +169,20 @@ def test_training_learns_and_seeds_differ():
         labels=labels,
     )
     model = Bag()
-    params = training.init(model, (0, 1), 3)
-    assert training.accuracy(
+    params = ensemble.init(model, (0, 1), 3)
+    assert ensemble.accuracy(
         model, params, data, has_skip=True, batch_size=32
     ).shape == (2,)
     options = dict(has_skip=True, seeds=(0, 1), batch_size=8, learning_rate=0.1)
-    trained, losses = training.train(model, params, data, num_steps=30, **options)
+    trained, losses = ensemble.train(model, params, data, num_steps=30, **options)
     assert losses.shape == (2, 30)
     assert (losses[0] != losses[1]).any()
     assert losses[:, -1].max() < losses[:, 0].min()
-    accuracy = training.accuracy(model, trained, data, has_skip=True, batch_size=32)
+    accuracy = ensemble.accuracy(model, trained, data, has_skip=True, batch_size=32)
     np.testing.assert_array_equal(accuracy, 1)
-    _, again = training.train(model, params, data, num_steps=30, **options)
+    _, again = ensemble.train(model, params, data, num_steps=30, **options)
     np.testing.assert_array_equal(losses, again)
-    _, none = training.train(model, params, data, num_steps=0, **options)
+    _, none = ensemble.train(model, params, data, num_steps=0, **options)
     assert none.shape == (2, 0)
 
 
