@@ -1,5 +1,6 @@
 """`python -m experiments <question> [--quick] [--options]`."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -7,10 +8,12 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import rank_decay
+from . import rank_decay, train
 
-# A question is a module with `Config`, `QUICK` and `run`, and a line here.
+# A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
+# presets also has `choose`, which finds the defaults by --preset and --task.
 QUESTIONS: dict[str, ModuleType] = {
+    "train": train,
     "rank_decay": rank_decay,
 }
 
@@ -24,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
     command = tyro.extras.subcommand_type_from_defaults(
         {
-            name: question.QUICK if is_quick else question.Config()
+            name: question.QUICK if is_quick else _defaults(question, args)
             for name, question in QUESTIONS.items()
         },
         descriptions={
@@ -38,6 +41,19 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="python -m experiments",
     )
     sys.modules[type(config).__module__].run(config)
+
+
+def _defaults(question, args):
+    if not hasattr(question, "choose"):
+        return question.Config()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--task")
+    chosen, _ = parser.parse_known_args(args)
+    try:
+        return question.choose(chosen.preset, chosen.task)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,8 @@ https://arxiv.org/abs/2604.07925.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -187,19 +185,12 @@ def run(config: Config) -> dict[str, object]:
     }
     config.output.mkdir(parents=True, exist_ok=True)
     json_path = config.output / "rank_decay.json"
-    json_path.write_text(_to_json(result))
+    record.write_json(json_path, result)
     figure_path = config.output / "rank_decay.png"
     rank_decay_figure.draw(result, figure_path, floor=FLOAT32_FLOOR)
     print(table(result))
     print(f"\nTook {result['wall_time_s']:.0f} s. Wrote {json_path} and {figure_path}.")
     return result
-
-
-def _to_json(result):
-    text = json.dumps(result, indent=1, allow_nan=False)
-    # The innermost lists, one line each.
-    pattern = r"\[\s+([^][{}\"]*?)\s+\]"
-    return re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
 
 
 def _encoder(case, config, vocab_size):
