@@ -286,7 +286,10 @@ def _pool(x, where, pooling):
     if pooling == "max":
         # A text without words, which no data set has, is read as its first padding.
         where = where.at[:, 0].set(True)
-        return jnp.where(where[..., None], x, -jnp.inf).max(axis=1)
+        # By index: the derivative of `max` looks for entries equal to the maximum, and
+        # has none, 0 / 0, where XLA computes the same entry twice with other roundings.
+        index = jnp.where(where[..., None], x, -jnp.inf).argmax(axis=1, keepdims=True)
+        return jnp.take_along_axis(x, index, axis=1)[:, 0]
     count = jnp.maximum(where.sum(axis=1).astype(x.dtype), 1.0)[:, None]
     return jnp.where(where[..., None], x, 0.0).sum(axis=1) / count
 
