@@ -8,12 +8,13 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import plot, rank_decay, train
+from . import compare, plot, rank_decay, train
 
 # A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
 # presets also has `choose`, which finds the defaults by --preset and --task.
 QUESTIONS: dict[str, ModuleType] = {
     "train": train,
+    "compare": compare,
     "plot": plot,
     "rank_decay": rank_decay,
 }

@@ -1,0 +1,119 @@
+"""The comparison of normalisers: cells, search, table, figure, baseline, times."""
+
+import dataclasses
+import json
+import pathlib
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from experiments import baseline, compare, step_times, train
+from experiments.data import Data, Examples
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "experiments" / "results" / "compare").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    options = dict(
+        depth=1, width=8, num_heads=2, mlp_width=8, num_train=40, num_steps=4
+    )
+    config = dataclasses.replace(
+        compare.QUICK,
+        num_iters=(0, 2),
+        learning_rates=(1e-3, 1e-9),
+        base=dataclasses.replace(train.QUICK, **sizes, **options, data_dir=folder),
+        runs=folder / "runs",
+        output=folder / "out",
+    )
+    return config, compare.run(config)
+
+
+def test_a_comparison_from_its_options_to_its_files(quick, capsys):
+    config, result = quick
+    assert json.loads((config.output / "quick.json").read_text()) == result
+    assert len(result["cells"]) == 2 * 3
+    parameters = {cell["num_parameters"] for cell in result["cells"]}
+    assert len(parameters) == 1
+    for num_iters in (0, 2):
+        runs = compare.chosen(result, num_iters)
+        assert [cell["seed"] for cell in runs] == [0, 1]
+        search = [
+            cell
+            for cell in result["cells"]
+            if cell["num_iters"] == num_iters and cell["seed"] == 0
+        ]
+        assert [cell["learning_rate"] for cell in search] == [1e-3, 1e-9]
+        best = max(cell["validation_accuracy"] for cell in search)
+        assert runs[0]["validation_accuracy"] == best
+    assert result["step_times"]["0"]["ratio"] == 1
+    assert result["step_times"]["2"]["seconds"] > 0
+    image = matplotlib.image.imread(config.output / "quick.png")
+    assert min(image.shape[:2]) > 400
+    assert image.std() > 0.01
+    # Again: nothing is trained, the same comes out.
+    again = compare.run(config)
+    assert again["cells"] == result["cells"]
+    lines = compare.table(result)
+    assert all(line in capsys.readouterr().out.splitlines() for line in lines[:1])
+    assert len(lines) == 4
+
+
+def test_interval_is_students():
+    # t of 0.975 for two degrees of freedom is 4.303.
+    assert compare.interval([0.9, 0.92, 0.94]) == "0.920 ± 0.050"
+    assert compare.interval([0.5]) == "0.500"
+
+
+def test_times_need_softmax():
+    with pytest.raises(ValueError, match="must hold 0"):
+        step_times.measure_step_times(train.QUICK, None, (10,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_iters": (10,)}, "must hold 0"),
+        ({"seeds": ()}, "seeds must be distinct"),
+        ({"learning_rates": (0.1, 0.1)}, "learning_rates must be distinct"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare.Config(**options)
+
+
+def test_bag_of_words_learns_what_words_tell(monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def texts(num):
+        labels = rng.integers(0, 2, num).astype(np.int32)
+        inputs = rng.integers(2, 30, (num, 12)).astype(np.int32)
+        inputs[:, 0] = 30 + labels  # A word for each class, before the padding.
+        inputs[:, 8:] = 30 + rng.integers(0, 2, (num, 4))  # Padding, not to be read.
+        lengths = np.full(num, 8, np.int32)
+        return Examples(inputs=inputs, lengths=lengths, labels=labels)
+
+    data = Data(
+        name="x",
+        train=texts(300),
+        validation=texts(60),
+        test=texts(60),
+        num_classes=2,
+        vocab_size=32,
+    )
+    monkeypatch.setattr(train, "load_data", lambda config: data)
+    result = baseline.bag_of_words(train.PRESETS["imdb"])
+    assert result["test_accuracy"] > 0.95
+    assert result["validation_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_readme_shows_what_was_measured(path):
+    result = json.loads(path.read_text())
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert set(compare.table(result)) <= set(readme)
+    assert path.with_suffix(".png").exists()
