@@ -1,4 +1,4 @@
-"""What a linear model reaches on the words of texts: the least that a network should."""
+"""A linear model on the words of texts: what a network should reach at least."""
 
 import dataclasses
 from typing import Any

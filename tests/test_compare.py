@@ -18,9 +18,8 @@ RESULTS = sorted((ROOT / "experiments" / "results" / "compare").glob("*.json"))
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    options = dict(
-        depth=1, width=8, num_heads=2, mlp_width=8, num_train=40, num_steps=4
-    )
+    sizes = dict(depth=1, width=8, num_heads=2, mlp_width=8)
+    options = dict(num_train=40, num_steps=4, batch_size=8, num_measured=4)
     config = dataclasses.replace(
         compare.QUICK,
         num_iters=(0, 2),
