@@ -138,10 +138,10 @@ _IMAGES = Config(
     patch_size=7,
     width=128,
     mlp_width=256,
-    dropout_rate=0.1,
     has_flip=True,
-    num_epochs=12,
+    num_epochs=10,
     batch_size=64,
+    learning_rate=1e-3,
     eval_batch_size=256,
     log_every=50,
 )
@@ -185,9 +185,9 @@ PRESETS: Final = MappingProxyType(
             patch_size=4,
             pooling="class_token",
             max_shift=2,
+            dropout_rate=0.1,
             num_epochs=40,
             batch_size=128,
-            learning_rate=1e-3,
         ),
     }
 )
