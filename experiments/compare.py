@@ -58,7 +58,7 @@ PRESETS: Final = {
     name: Config(preset=name, base=config) for name, config in train.PRESETS.items()
 }
 for _name in ("fashion_mnist", "mnist"):
-    _rates = (1e-3, 2e-3)
+    _rates = (1e-3, 2e-3, 4e-3)
     PRESETS[_name] = dataclasses.replace(PRESETS[_name], learning_rates=_rates)
 PRESETS["digits"] = dataclasses.replace(
     PRESETS["digits"], num_iters=(0, 10, 50), learning_rates=(1e-3, 3e-3, 6e-3)

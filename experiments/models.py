@@ -38,8 +38,10 @@ class Encoder(nn.Module):
     With skip connections a layer is $x + A(x)$ and, with an MLP, $y + M(y)$ after it;
     without, $A(x)$ and $M(y)$. LayerNorm "pre" acts on the input of A and M, "post" on
     the sum, as in the original Transformer. Images become patches, as in Dosovitskiy
-    et al. 2021, https://arxiv.org/abs/2010.11929. Parameters do not depend on
-    `num_iters`, so those of a softmax encoder serve a Sinkhorn one.
+    et al. 2021, https://arxiv.org/abs/2010.11929, or with `has_conv_stem` as many
+    tokens through 3 x 3 convolutions of stride 2, after Xiao et al. 2021,
+    https://arxiv.org/abs/2106.14881. Parameters do not depend on `num_iters`, so those
+    of a softmax encoder serve a Sinkhorn one.
     """
 
     depth: int
@@ -49,6 +51,7 @@ class Encoder(nn.Module):
     vocab_size: int | None = None  # Of texts; None for images.
     seq_len: int | None = None  # Most tokens of a text; None for images.
     patch_size: int | None = None  # Side of an image's square patches; None for texts.
+    has_conv_stem: bool = False  # Convolutions that halve the image, not patches.
     num_classes: int = 2
     has_mlp: bool = True
     mlp_width: int | None = None  # None is four times the width.
@@ -84,6 +87,11 @@ class Encoder(nn.Module):
             )
         if self.vocab_size is not None and self.seq_len is None:
             raise ValueError("Texts need seq_len, their most tokens, got None.")
+        if self.has_conv_stem and (self.patch_size or 0).bit_count() != 1:
+            raise ValueError(
+                "has_conv_stem halves images, so patch_size must be a power of two, "
+                f"got {self.patch_size}."
+            )
         super().__post_init__()
 
     @nn.compact
@@ -109,7 +117,8 @@ class Encoder(nn.Module):
             with_plans: Also compute the attention plans, each a full matrix.
 
         Raises:
-            ValueError: The image's sides are no multiples of `patch_size`.
+            ValueError: The image's sides are no multiples of `patch_size`, without
+                `has_conv_stem`, which rounds up.
         """
         x = self._embed(inputs)  # [B, T, D]
         lengths, x = self._with_class_token(lengths, x)
@@ -167,8 +176,10 @@ class Encoder(nn.Module):
             x = embed(inputs)
             num_positions = self.seq_len
         else:
-            x = patches(inputs, self.patch_size).astype(self.dtype)
-            x = x / np.asarray(255, self.dtype)
+            x = inputs if self.has_conv_stem else patches(inputs, self.patch_size)
+            x = x.astype(self.dtype) / np.asarray(255, self.dtype)
+            if self.has_conv_stem:
+                x = self._convolve(x)
             x = nn.Dense(self.width, dtype=self.dtype, name="patch")(x)
             num_positions = x.shape[1]
         if self.position == "learned":
@@ -179,6 +190,15 @@ class Encoder(nn.Module):
         else:
             return x
         return x + position[None, : x.shape[1]].astype(self.dtype)
+
+    def _convolve(self, x):
+        num_halvings = self.patch_size.bit_length() - 1
+        for i in reversed(range(num_halvings)):
+            # Twice the features at half the side, up to the width.
+            features = max(1, self.width >> i)
+            x = nn.Conv(features, (3, 3), strides=2, dtype=self.dtype)(x)
+            x = nn.relu(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def _with_class_token(self, lengths, x):
         if self.pooling != "class_token":

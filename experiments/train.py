@@ -63,6 +63,7 @@ class Config:
     position: Position = "learned"
     dropout_rate: float = 0.0
     patch_size: int = 2  # Of images.
+    has_conv_stem: bool = False  # Convolutions of that total stride, not patches.
     seq_len: int = 256  # Tokens of a text, from its start.
     vocab_size: int = 8000  # Identifiers of a text's words.
     tokenizer: Tokenizer = "word"
@@ -135,13 +136,14 @@ _DIGITS = Config(mlp_width=128)
 _IMAGES = Config(
     preset="fashion_mnist",
     task="fashion_mnist",
-    patch_size=7,
-    width=128,
-    mlp_width=256,
+    # With patches of 7 x 7 and twice the width it stays at 0.885 of the test split.
+    patch_size=8,
+    has_conv_stem=True,
+    mlp_width=128,
     has_flip=True,
     num_epochs=10,
     batch_size=64,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     eval_batch_size=256,
     log_every=50,
 )
@@ -180,14 +182,17 @@ PRESETS: Final = MappingProxyType(
             _IMAGES,
             preset="vit",
             depth=6,
+            width=128,
             num_heads=8,
             mlp_width=512,
             patch_size=4,
+            has_conv_stem=False,
             pooling="class_token",
             max_shift=2,
             dropout_rate=0.1,
             num_epochs=40,
             batch_size=128,
+            learning_rate=1e-3,
         ),
     }
 )
@@ -295,6 +300,7 @@ def make_model(config: Config, data: Data, devices: trainer.Devices) -> Encoder:
         vocab_size=data.vocab_size,
         seq_len=config.seq_len if is_text else None,
         patch_size=None if is_text else config.patch_size,
+        has_conv_stem=not is_text and config.has_conv_stem,
         num_classes=data.num_classes,
         has_mlp=config.has_mlp,
         mlp_width=config.mlp_width,

@@ -155,6 +155,7 @@ def test_early_stopping(tmp_path, data_dir):
         {"has_scan": False, "has_remat": True, "pooling": "class_token"},
         {"dtype": "bfloat16", "position": "sinusoidal", "layer_norm": "post"},
         {"has_mlp": False, "has_skip": False, "has_mlp_skip": False},
+        {"has_conv_stem": True, "dtype": "bfloat16"},
     ],
 )
 def test_switches_run(options, tmp_path, data_dir):
@@ -383,6 +384,24 @@ def test_patches_are_squares():
         models.patches(jnp.asarray(x), 4)
 
 
+def test_a_convolutional_stem_makes_as_many_tokens_and_overlaps():
+    x = images(height=8, width=12)
+    model = image_model(patch_size=4, has_conv_stem=True)
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    embed = lambda x: model.apply({"params": params}, x)[1].hidden_states[0]
+    assert embed(x).shape == (2, 6, 8)
+    # A pixel beside the border of the second token's square changes the first, too.
+    other = x.copy()
+    other[0, 0, 4] ^= 128
+    moved = np.abs(embed(other) - embed(x)).max(axis=-1)
+    assert (moved[0, :2] > 0).all()
+    np.testing.assert_array_equal(moved[0, 2:], 0)
+    np.testing.assert_array_equal(moved[1], 0)
+    # Sides are rounded up.
+    params = jax.jit(model.init)(jax.random.key(0), images(height=9))["params"]
+    assert params["position"].shape == (3 * 2, 8)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max", "class_token"])
 def test_scanned_layers_are_the_layers_one_by_one(pooling):
     x = images()
@@ -447,6 +466,7 @@ def test_mean_pooling_does_not_see_where_a_doubly_stochastic_plan_sends_values()
         ({"position": "rotary"}, "position must be one of"),
         ({"vocab_size": 3}, "Give vocab_size for texts or patch_size"),
         ({"vocab_size": 3, "patch_size": None}, "Texts need seq_len"),
+        ({"has_conv_stem": True, "patch_size": 6}, "must be a power of two"),
     ],
 )
 def test_bad_encoders_are_refused(options, message):
