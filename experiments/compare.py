@@ -21,10 +21,10 @@ import pathlib
 from typing import Any, Final
 
 import numpy as np
-import scipy.stats
 
 from . import compare_figure, record, train
 from .baseline import bag_of_words
+from .findings import Finding, difference, interval, verdict
 from .measures import DEFINITIONS
 from .step_times import measure_step_times
 
@@ -131,11 +131,14 @@ def run(config: Config) -> dict[str, Any]:
             config.runs / config.preset / "bag_of_words.json",
             lambda: bag_of_words(config.base),
         )
+    result["findings"] = findings(result)
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"{config.preset}.json"
     record.write_json(path, result)
     compare_figure.draw(result, path.with_suffix(".png"))
-    print("\n".join(table(result)))
+    print("\n".join(table(result)), end="\n\n")
+    for finding in result["findings"]:
+        print(f"{finding['claim']}: {finding['verdict']}. {finding['text']}")
     print(f"\nWrote {path} and {path.with_suffix('.png')}.")
     return result
 
@@ -195,13 +198,45 @@ def name_of(num_iters: int) -> str:
     return f"Sinkhorn, {num_iters}" if num_iters else "softmax"
 
 
-def interval(values) -> str:
-    """The mean and the half-width of its 95 % interval by Student's t."""
-    values = np.asarray(values)
-    if len(values) < 2:
-        return f"{values.mean():.3f}"
-    width = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{values.mean():.3f} ± {width:.3f}"
+def findings(result: dict[str, Any]) -> list[Finding]:
+    """What the runs of the chosen rates say of the claims about Sinkhorn attention."""
+    values = {
+        num_iters: {
+            "accuracy": [cell["test_accuracy"] for cell in runs],
+            "residual": [cell["trained"]["relative_residual"][-1] for cell in runs],
+            "entropy": [np.mean(cell["trained"]["attention_entropy"]) for cell in runs],
+        }
+        for num_iters in result["config"]["num_iters"]
+        for runs in (chosen(result, num_iters),)
+    }
+    claims = {
+        "accuracy": "Sinkhorn attention classifies better than softmax attention",
+        "residual": "trained Sinkhorn attention preserves rank better than softmax",
+        "entropy": "trained Sinkhorn attention keeps more entropy than softmax",
+    }
+    quantities = {
+        "accuracy": "Test accuracy",
+        "residual": "Relative residual of the last layer",
+        "entropy": "Mean entropy of the attention, in nats,",
+    }
+    found = []
+    for name, claim in claims.items():
+        for num_iters in result["config"]["num_iters"]:
+            if num_iters == 0:
+                continue
+            ours, softmax = values[num_iters][name], values[0][name]
+            gain = difference(ours, softmax)
+            found.append(
+                Finding(
+                    claim=f"{claim} ({result['preset']}, {num_iters} iterations)",
+                    verdict=verdict(gain),
+                    text=(
+                        f"{quantities[name]} {interval(ours).text()} against "
+                        f"{interval(softmax).text()}: a difference of {gain.text()}."
+                    ),
+                )
+            )
+    return found
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -227,8 +262,8 @@ def table(result: dict[str, Any]) -> list[str]:
             result["preset"],
             name_of(num_iters),
             f"{runs[0]['learning_rate']:g}",
-            interval([cell["validation_accuracy"] for cell in runs]),
-            interval([cell["test_accuracy"] for cell in runs]),
+            interval([cell["validation_accuracy"] for cell in runs]).text(),
+            interval([cell["test_accuracy"] for cell in runs]).text(),
             f"{last('init'):.2f}",
             f"{last('trained'):.2f}",
             _time(times, num_iters),

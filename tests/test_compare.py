@@ -59,12 +59,39 @@ def test_a_comparison_from_its_options_to_its_files(quick, capsys):
     lines = compare.table(result)
     assert all(line in capsys.readouterr().out.splitlines() for line in lines[:1])
     assert len(lines) == 4
+    found = result["findings"]
+    assert [f["claim"].split(" (")[1] for f in found] == ["quick, 2 iterations)"] * 3
+    runs = {n: compare.chosen(result, n) for n in (0, 2)}
+    gain = np.diff([np.mean([c["test_accuracy"] for c in runs[n]]) for n in (0, 2)])
+    assert f"a difference of {gain[0]:.3f} ± " in found[0]["text"]
 
 
-def test_interval_is_students():
-    # t of 0.975 for two degrees of freedom is 4.303.
-    assert compare.interval([0.9, 0.92, 0.94]) == "0.920 ± 0.050"
-    assert compare.interval([0.5]) == "0.500"
+def test_claims_are_about_the_chosen_runs():
+    def cell(num_iters, seed, accuracy, residual):
+        trained = {"relative_residual": [1, residual], "attention_entropy": [1, 2]}
+        return {
+            "num_iters": num_iters,
+            "learning_rate": 0.1,
+            "seed": seed,
+            "test_accuracy": accuracy,
+            "trained": trained,
+        }
+
+    noise = (-0.01, 0.0, 0.01)
+    result = {
+        "preset": "digits",
+        "config": {"num_iters": [0, 5]},
+        "learning_rates": {"0": 0.1, "5": 0.1},
+        "cells": [
+            cell(0, 9, 0.0, 9.0) | {"learning_rate": 0.2},  # Was not chosen.
+            *[cell(0, i, 0.9 + x, 0.5 + x) for i, x in enumerate(noise)],
+            *[cell(5, i, 0.8 + x, 0.8 + x) for i, x in enumerate(noise)],
+        ],
+    }
+    found = compare.findings(result)
+    assert [f["verdict"] for f in found] == ["not supported", "supported", "undecided"]
+    assert "0.800 ± 0.025 against 0.900 ± 0.025" in found[0]["text"]
+    assert "difference of 0.300 ± 0.023" in found[1]["text"]
 
 
 def test_times_need_softmax():
