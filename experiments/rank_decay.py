@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from . import ensemble, rank_decay_figure, record
 from .data import imdb
+from .findings import Finding, difference, interval, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR, measure
 from .models import Encoder, LayerNorm, num_parameters
 
@@ -183,6 +184,7 @@ def run(config: Config) -> dict[str, object]:
         "runs": runs,
         "wall_time_s": round(time.monotonic() - start, 1),
     }
+    result["findings"] = findings(result)
     config.output.mkdir(parents=True, exist_ok=True)
     json_path = config.output / "rank_decay.json"
     record.write_json(json_path, result)
@@ -256,6 +258,61 @@ def log10_residual(run: dict, phase: str) -> np.ndarray:
         return np.array(run[phase]["log10_relative_residual"])
     with np.errstate(divide="ignore"):
         return np.log10(run[phase]["relative_residual"])
+
+
+def findings(result: dict) -> list[Finding]:
+    """What the last layers of the trained networks say of the claims."""
+    floor = math.log10(FLOAT32_FLOOR)
+    runs = {(run["architecture"], run["normaliser"]): run for run in result["runs"]}
+    # What rounding leaves is no residual: below the floor all networks are alike.
+    last = {
+        key: np.maximum(log10_residual(run, "trained")[:, -1], floor)
+        for key, run in runs.items()
+    }
+    found = []
+    for mlp in ("MLP", "no MLP"):
+        for normaliser in ("softmax", "Sinkhorn"):
+            if (key := (f"no skip, {mlp}", normaliser)) not in last:
+                continue  # It is the pure attention.
+            skip = last[f"skip, {mlp}", normaliser]
+            gain = difference(skip, last[key])
+            claim = f"skip connections preserve rank ({normaliser}, {mlp})"
+            found.append(_of_residuals(claim, skip, last[key], gain, "without"))
+    for mlp in ("MLP", "no MLP"):
+        softmax, ours = (last[f"skip, {mlp}", n] for n in ("softmax", "Sinkhorn"))
+        gain = difference(ours, softmax)
+        claim = f"Sinkhorn preserves rank better than softmax (skip, {mlp})"
+        found.append(_of_residuals(claim, ours, softmax, gain, "for softmax"))
+    for normaliser in ("softmax", "Sinkhorn"):
+        logs = log10_residual(runs["pure attention", normaliser], "trained")
+        if logs.shape[1] < 4:
+            continue  # Too few layers for two steps after the first.
+        steps = np.diff(logs, axis=1)
+        ratio = interval(steps[:, -1] / steps[:, -2])
+        found.append(
+            Finding(
+                claim=f"pure attention decays doubly exponentially ({normaliser})",
+                verdict=verdict(ratio, threshold=1.0),
+                text=(
+                    "In the last layer the exponent falls by "
+                    f"{ratio.text()} times its fall in the layer before: 3 is the "
+                    "cubic law, 1 exponential decay."
+                ),
+            )
+        )
+    return found
+
+
+def _of_residuals(claim, first, second, gain, other):
+    return Finding(
+        claim=claim,
+        verdict=verdict(gain),
+        text=(
+            "Decimal logarithm of the relative residual, last layer, trained: "
+            f"{interval(first).text(2)} against {interval(second).text(2)} {other}, a "
+            f"difference of {gain.text(2)}."
+        ),
+    )
 
 
 def table(result: dict) -> str:

@@ -4,6 +4,8 @@ import decimal
 import functools
 import json
 import math
+import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -18,6 +20,8 @@ from experiments.data import Examples
 from experiments.models import Encoder
 from experiments.pure_attention import Weights, log10_relative_residual
 from sinkhorn_jax import collapse, sinkhorn_attention
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # Some hundred float32 roundings through a few layers.
 ATOL = 2e-5
@@ -326,6 +330,9 @@ def test_rank_decay_from_its_options_to_its_files(tmp_path, capsys):
                 recursion = np.array(measured["log10_relative_residual"])
                 np.testing.assert_allclose(logs, recursion[:, :2], atol=0.05)
                 assert (recursion[:, 2] < -7).all()
+    claims = [finding["claim"].split(" (")[0] for finding in loaded["findings"]]
+    assert claims.count("skip connections preserve rank") == 2  # With MLPs; else pure.
+    assert claims.count("Sinkhorn preserves rank better than softmax") == 2
     pairs = {(run["architecture"], run["normaliser"]) for run in loaded["runs"]}
     assert len(pairs) == 8
     image = matplotlib.image.imread(config.output / "rank_decay.png")
@@ -334,6 +341,30 @@ def test_rank_decay_from_its_options_to_its_files(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(architecture in printed for architecture, _ in pairs)
     assert str(config.output) in printed
+
+
+def test_findings_follow_the_residuals():
+    result = json.loads(
+        (ROOT / "experiments/results/rank_decay/rank_decay.json").read_text()
+    )
+    found = {f["claim"]: f for f in rank_decay.findings(result)}
+    assert len(found) == 8
+    pure = found["pure attention decays doubly exponentially (softmax)"]
+    assert pure["verdict"] == "supported"
+    assert re.search(r"falls by (2\.9|3\.0)", pure["text"])
+    skip = "skip connections preserve rank (Sinkhorn, MLP)"
+    assert found[skip]["verdict"] == "supported"
+    (ours,) = (
+        run
+        for run in result["runs"]
+        if (run["architecture"], run["normaliser"]) == ("skip, no MLP", "Sinkhorn")
+    )
+    better = "Sinkhorn preserves rank better than softmax (skip, no MLP)"
+    residual = np.array(ours["trained"]["relative_residual"])
+    for factor, expected in ((3, "supported"), (1 / 3, "not supported")):
+        ours["trained"]["relative_residual"] = residual * factor
+        verdicts = {f["claim"]: f["verdict"] for f in rank_decay.findings(result)}
+        assert verdicts[better] == expected
 
 
 def test_measures_leave_padding_out():
