@@ -1,16 +1,20 @@
-# `make demo` runs the main experiment, `make test` everything that must pass. Both
-# create .venv on first use and reuse it afterwards. `make benchmark` and `make test-all`
-# add the libraries that the benchmarks compare with, PyTorch among them.
+# `make demo` runs the main experiment, `make report` writes all findings on one page,
+# `make test` runs everything that must pass. They create .venv on first use and reuse it
+# afterwards. `make benchmark` and `make test-all` add the libraries that the benchmarks
+# compare with, PyTorch among them.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/installed-peers
 
-.PHONY: demo test test-all benchmark clean
+.PHONY: demo report test test-all benchmark clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments rank_decay
+
+report: $(INSTALLED)
+	$(BIN)/python -m experiments report
 
 test: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -40,6 +40,8 @@ def train(
     batch_size: int,
     learning_rate: float,
     on_step: Callable[[], object] = lambda: None,
+    observe: Callable[[int, Params], object] = lambda step, params: None,
+    observe_every: int = 1,
 ) -> tuple[Params, Float[np.ndarray, "S K"]]:
     """Adam on the cross-entropy, each seed with its own order of the reviews.
 
@@ -54,6 +56,9 @@ def train(
         batch_size: Reviews of one update and seed.
         learning_rate: At its peak.
         on_step: Called after each update, for a progress bar.
+        observe: Called with the number of updates made and the parameters, before the
+            first update and after every `observe_every`.
+        observe_every: Updates.
 
     Returns:
         The trained parameters, and the loss of each of K updates.
@@ -64,6 +69,7 @@ def train(
         [_batches(len(reviews), num_steps, batch_size, seed) for seed in seeds], axis=1
     )  # [K, S, batch]
     losses = []
+    observe(0, params)
     for index in order:
         batch = reviews.take(index)
         params, state, loss = _step(
@@ -80,6 +86,8 @@ def train(
         if len(losses) % 8 == 0:
             loss.block_until_ready()  # So that progress is that of the device.
         on_step()
+        if len(losses) % observe_every == 0:
+            observe(len(losses), params)
     if not losses:
         return params, np.zeros((len(seeds), 0), np.float32)
     return params, np.stack(losses, axis=1)
