@@ -8,7 +8,12 @@ rates; and at initialisation under growing logits, the queries multiplied. Tests
 claim of Lapenna et al. that the entropy of softmax attention collapses and that of
 Sinkhorn attention less so. All hyperparameters are this module's own.
 
-Takes 8 minutes on 2 CPU cores, with --quick half a minute.
+Takes 10 minutes on 2 CPU cores, with --quick half a minute. As measured:
+
+* At the learning rates 1e-2 and 5e-2 training takes 1.0 and 1.4 of the 3.9 nats of
+  softmax attention, of Sinkhorn attention 0.35 and 0.2. At 1e-3 neither moves.
+* Under 16 times larger logits 0.9 nats are left against 0.4 for softmax.
+* The stable ranks of the trained networks do not differ beyond the seeds'.
 
 After Zhai et al. 2023, https://arxiv.org/abs/2303.06296, and Lapenna et al. 2026,
 https://arxiv.org/abs/2604.07925.
