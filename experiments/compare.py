@@ -52,6 +52,13 @@ class Config:
                 "num_iters and timed must hold 0, softmax, to compare with, got "
                 f"{self.num_iters} and {self.timed}."
             )
+        if not self.base.num_measured or self.base.has_skip != self.base.has_mlp_skip:
+            raise ValueError(
+                "base.num_measured must be positive and base.has_skip equal to "
+                "base.has_mlp_skip, for the rank and entropy of the table, got "
+                f"{self.base.num_measured}, {self.base.has_skip} and "
+                f"{self.base.has_mlp_skip}."
+            )
 
 
 PRESETS: Final = {
@@ -123,7 +130,10 @@ def run(config: Config) -> dict[str, Any]:
         "learning_rates": {str(n): rate for n, rate in rates.items()},
         "cells": cells,
         "step_times": _once(
-            config.runs / config.preset / "step_times.json", lambda: _times(config)
+            config.runs
+            / config.preset
+            / f"step_times_{'_'.join(map(str, config.timed))}.json",
+            lambda: _times(config),
         ),
     }
     if config.base.task == "imdb":

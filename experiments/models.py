@@ -138,7 +138,10 @@ class Encoder(nn.Module):
             self.dtype,
             self.mesh,
         )
-        layer = nn.remat(_Layer, prevent_cse=False) if self.has_remat else _Layer
+        layer = _Layer
+        if self.has_remat:
+            # In a scan nothing is common to forward and backward pass anyway.
+            layer = nn.remat(_Layer, prevent_cse=not self.has_scan)
         if self.has_scan:
             layers = nn.scan(
                 layer,

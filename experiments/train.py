@@ -232,14 +232,20 @@ def run(config: Config) -> dict[str, Any]:
             config.coordinator, config.num_processes, config.process_id
         )
     is_first = jax.process_index() == 0
-    result_path = _claim(config, is_first)
+    _check_folder(config)
+    result_path = config.folder / "result.json"
     if result_path.exists():
         print(f"The run had ended. Its result is {result_path}.", file=sys.stderr)
         return json.loads(result_path.read_text())
     devices = trainer.Devices()
     devices.check(batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
-    data = load_data(config)
+    data = _load_data_in_turn(config, devices, is_first)
     training = Training(config, data, devices)
+    # All have looked into the folder before the first one writes there.
+    devices.wait_for_all("checked")
+    if is_first:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        record.write_json(config.folder / "config.json", _options(config))
     result = training.fit()
     if is_first:
         record.write_json(result_path, result)
@@ -260,33 +266,42 @@ def load_data(config: Config) -> Data:
     )
 
 
-def _claim(config, is_first):
-    """Makes the output folder this run's; the path of its result."""
-    folder = config.folder
-    path = folder / "config.json"
-    # What may differ between a run and its continuation.
+def _load_data_in_turn(config, devices, is_first):
+    """The data; where several processes share a disk, the first prepares them."""
+    if not is_first:
+        devices.wait_for_all("prepared")
+    data = load_data(config)
+    if is_first:
+        devices.wait_for_all("prepared")
+    return data
+
+
+def _options(config):
+    """What must not differ between a run and its continuation, as JSON holds it."""
     free = ("output", "resume", "data_dir", "coordinator", "num_processes")
     free = (*free, "process_id")
     own = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    own = json.loads(json.dumps(own))
-    if path.exists() and config.num_processes == 1 and not config.resume:
+    return json.loads(json.dumps(own))
+
+
+def _check_folder(config):
+    """Refuses an output folder that holds another run."""
+    path = config.folder / "config.json"
+    if not path.exists():
+        return
+    if not config.resume:
         raise FileExistsError(
-            f"{folder} holds a run. Continue it with --resume, or give another "
+            f"{config.folder} holds a run. Continue it with --resume, or give another "
             "--output."
         )
-    if path.exists() and config.resume:
-        old = json.loads(path.read_text())
-        names = sorted(k for k in own | old if own.get(k) != old.get(k))
-        if names:
-            changes = ", ".join(f"{k} {old.get(k)} -> {own.get(k)}" for k in names)
-            raise ValueError(
-                f"The run in {folder} has other options ({changes}). Give those, or "
-                "another --output."
-            )
-    elif is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_json(path, own)
-    return folder / "result.json"
+    own, old = _options(config), json.loads(path.read_text())
+    names = sorted(k for k in own | old if own.get(k) != old.get(k))
+    if names:
+        changes = ", ".join(f"{k} {old.get(k)} -> {own.get(k)}" for k in names)
+        raise ValueError(
+            f"The run in {config.folder} has other options ({changes}). Give those, or "
+            "another --output."
+        )
 
 
 def make_model(config: Config, data: Data, devices: trainer.Devices) -> Encoder:
@@ -369,7 +384,7 @@ class Training:
         checkpoints = trainer.Checkpoints(config.folder / "checkpoints")
         if (restored := checkpoints.restore(state)) is not None:
             state, host = restored
-            batches.set_state(host["batches"][jax.process_index()])
+            batches.set_state(host["batches"])
             best = host["best"]
         step = int(state.step)
         log = trainer.MetricsLog(
@@ -400,11 +415,7 @@ class Training:
             if step % config.log_every == 0 or is_eval or is_kept:
                 # The device works through its queue here, so progress is the device's.
                 loss = float(np.mean(jax.device_get(losses), dtype=np.float64))
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"The loss is {loss} at step {step}. Lower --learning-rate, or "
-                        "take --dtype float32."
-                    )
+                _require_finite(loss, step)
                 rate = float(schedule(step - 1))
                 log.write(step=step, split="train", loss=loss, learning_rate=rate)
                 losses = []
@@ -413,7 +424,8 @@ class Training:
                 bar.set_postfix(validation=f"{best['accuracy']:.4f}")
                 has_stopped = self._has_stopped(best, step)
             if is_kept or has_stopped:
-                host = {"batches": _from_all(batches.get_state()), "best": best}
+                # A place in the order of batches: the same on every process.
+                host = {"batches": batches.get_state(), "best": best}
                 checkpoints.save(step, state, host)
         bar.close()
         checkpoints.close()
@@ -439,6 +451,7 @@ class Training:
 
     def _evaluate(self, step, state, best, log):
         accuracy, loss = self._score(state.params, self.data.validation)
+        _require_finite(loss, step)
         log.write(step=step, split="validation", loss=loss, accuracy=accuracy)
         # Of equal accuracies the one of the lower loss.
         if (accuracy, -loss) > (best["accuracy"], -best["loss"]):
@@ -473,12 +486,12 @@ class Training:
         return {name: values[0] for name, values in measured.items()}
 
 
-def _from_all(state):
-    """The states of every process's iterator, by process."""
-    if jax.process_count() == 1:
-        return [state]
-    # The iterators advance together, and a state is one number within equal text.
-    return [state] * jax.process_count()
+def _require_finite(loss, step):
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss is {loss} at step {step}. Lower --learning-rate, or take "
+            "--dtype float32."
+        )
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -105,6 +105,10 @@ def test_times_need_softmax():
         ({"num_iters": (10,)}, "must hold 0"),
         ({"seeds": ()}, "seeds must be distinct"),
         ({"learning_rates": (0.1, 0.1)}, "learning_rates must be distinct"),
+        (
+            {"base": dataclasses.replace(train.QUICK, num_measured=0)},
+            "num_measured must be positive",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

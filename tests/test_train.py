@@ -227,6 +227,15 @@ def unfinished(folder, uninterrupted):
     return folder
 
 
+def test_a_run_killed_after_its_test_resumes_bit_identically(
+    uninterrupted, tmp_path, data_dir
+):
+    folder = unfinished(tmp_path / "run", uninterrupted)
+    result = train.run(tiny(folder, data_dir, resume=True))
+    assert metrics(folder) == metrics(uninterrupted[0])
+    assert result["test_accuracy"] == uninterrupted[1]["test_accuracy"]
+
+
 def damage(folder, step):
     """Cuts every file of the arrays of a checkpoint in half."""
     files = [p for p in (folder / "checkpoints" / str(step)).rglob("*") if p.is_file()]
@@ -273,6 +282,13 @@ def test_a_full_disk_loses_no_finished_checkpoint(uninterrupted, tmp_path, data_
     assert "[4] are kept" in output
     train.run(dataclasses.replace(config, resume=True))
     assert metrics(folder) == metrics(uninterrupted[0])
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_free(tmp_path, data_dir):
+    config = tiny(tmp_path / "run", data_dir, num_measured=0, num_steps=2)
+    with pytest.raises(ValueError, match="num_train"):
+        train.run(dataclasses.replace(config, num_train=10**6))
+    train.run(config)
 
 
 def test_an_unwritable_folder_is_refused(tmp_path, data_dir):
@@ -350,6 +366,17 @@ def test_two_processes_train_together(tmp_path, data_dir):
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    # One process can go on with what two have begun, and another run is refused.
+    (tmp_path / "two" / "result.json").rename(tmp_path / "result.json")
+    before = metrics(tmp_path / "two").splitlines()
+    alone = dataclasses.replace(config, coordinator=None, num_processes=1, resume=True)
+    train.run(alone)
+    after = metrics(tmp_path / "two").splitlines()
+    # But for the roundings of the test split, which was divided.
+    assert (after[:-1], len(after)) == (before[:-1], len(before))
+    (tmp_path / "result.json").rename(tmp_path / "two" / "result.json")
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train.run(dataclasses.replace(config, coordinator=None, num_processes=2))
     records = trainer.read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [r["step"] for r in records if r["split"] == "validation"] == [6, 12]
     result = json.loads((tmp_path / "two" / "result.json").read_text())

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..data import Batch
@@ -34,6 +35,11 @@ class Devices:
                     f"{name} must be a positive multiple of the {self.mesh.size} "
                     f"devices, got {size}: each takes an equal part."
                 )
+
+    def wait_for_all(self, name: str) -> None:
+        """Returns when every process has come here; at once if there is one alone."""
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
 
     def place_part(self, batch: Batch) -> Batch:
         """The global batch of which each process has read its own part."""

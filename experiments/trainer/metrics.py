@@ -9,12 +9,16 @@ class MetricsLog:
     """Appends records; on one process only, the others keep silent."""
 
     def __init__(self, path: pathlib.Path, *, resumed_step: int, is_writer: bool):
-        """Opens the file, without what was written after `resumed_step`."""
+        """Opens the file, without what will be written again after `resumed_step`."""
         self._file = None
         if not is_writer:
             return
         records = read_metrics(path) if resumed_step else []
-        lines = [json.dumps(r) for r in records if r["step"] <= resumed_step]
+        # The test split is read after the last step, of which there is a checkpoint.
+        kept = (
+            r for r in records if r["step"] <= resumed_step and r["split"] != "test"
+        )
+        lines = [json.dumps(r) for r in kept]
         new = path.with_suffix(".new")
         new.write_text("".join(f"{line}\n" for line in lines))
         os.replace(new, path)
