@@ -8,7 +8,16 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import compare, doubly_exponential, entropy, plot, rank_decay, report, train
+from . import (
+    bounds,
+    compare,
+    doubly_exponential,
+    entropy,
+    plot,
+    rank_decay,
+    report,
+    train,
+)
 
 # A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
 # presets also has `choose`, which finds the defaults by --preset and --task.
@@ -18,6 +27,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "plot": plot,
     "rank_decay": rank_decay,
     "doubly_exponential": doubly_exponential,
+    "bounds": bounds,
     "entropy": entropy,
     "report": report,
 }
