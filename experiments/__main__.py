@@ -11,6 +11,7 @@ import tyro
 from . import (
     bounds,
     compare,
+    convergence,
     doubly_exponential,
     entropy,
     plot,
@@ -28,6 +29,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "rank_decay": rank_decay,
     "doubly_exponential": doubly_exponential,
     "bounds": bounds,
+    "convergence": convergence,
     "entropy": entropy,
     "report": report,
 }
