@@ -14,6 +14,7 @@ from . import (
     convergence,
     doubly_exponential,
     entropy,
+    paths,
     plot,
     rank_decay,
     report,
@@ -30,6 +31,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "doubly_exponential": doubly_exponential,
     "bounds": bounds,
     "convergence": convergence,
+    "paths": paths,
     "entropy": entropy,
     "report": report,
 }
