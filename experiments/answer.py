@@ -9,13 +9,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import scipy.stats
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from . import record
+from . import findings, record
 
 RESULTS = pathlib.Path("experiments") / "results"
 
@@ -36,11 +35,8 @@ def interval(values) -> tuple[float, float | None]:
 
     The width is None for a single value, which has no spread.
     """
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return float(values.mean()), None
-    width = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return float(values.mean()), float(width)
+    mean, width = findings.interval(values)
+    return mean, None if math.isinf(width) else width
 
 
 def finding(
