@@ -8,6 +8,8 @@ which it falls with its prediction, the squared second singular value of the nor
 plan (`collapse.convergence_rate`), and asks where 50 iterations leave more than 0.1 %.
 Beside it, the processor time of the iterations as a multiple of the softmax's.
 
+The machine was busy: the committed times are rough, and no finding rests on them.
+
 Takes one minute on an idle CPU core, with --quick 10 seconds. As measured, 50
 iterations leave less than 0.1 % up to deviations of 4, at any of 32 to 256 tokens, and
 0.09 to 0.23 % at 10. The predicted rate is met, but where 500 iterations end before the
