@@ -8,7 +8,18 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import compare, entropy, plot, rank_decay, report, train
+from . import (
+    bounds,
+    compare,
+    convergence,
+    doubly_exponential,
+    entropy,
+    paths,
+    plot,
+    rank_decay,
+    report,
+    train,
+)
 
 # A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
 # presets also has `choose`, which finds the defaults by --preset and --task.
@@ -17,6 +28,10 @@ QUESTIONS: dict[str, ModuleType] = {
     "compare": compare,
     "plot": plot,
     "rank_decay": rank_decay,
+    "doubly_exponential": doubly_exponential,
+    "bounds": bounds,
+    "convergence": convergence,
+    "paths": paths,
     "entropy": entropy,
     "report": report,
 }
