@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from . import compare_figure, record, train
+from . import answer, compare_figure, record, train
 from .baseline import bag_of_words
 from .findings import Finding, difference, interval, verdict
 from .measures import DEFINITIONS
@@ -203,11 +203,6 @@ def chosen(result: dict[str, Any], num_iters: int) -> list[dict[str, Any]]:
     ]
 
 
-def name_of(num_iters: int) -> str:
-    """Name of a normaliser."""
-    return f"Sinkhorn, {num_iters}" if num_iters else "softmax"
-
-
 def findings(result: dict[str, Any]) -> list[Finding]:
     """What the runs of the chosen rates say of the claims about Sinkhorn attention."""
     values = {
@@ -270,7 +265,7 @@ def table(result: dict[str, Any]) -> list[str]:
         )
         row = (
             result["preset"],
-            name_of(num_iters),
+            answer.name_of(num_iters),
             f"{runs[0]['learning_rate']:g}",
             interval([cell["validation_accuracy"] for cell in runs]).text(),
             interval([cell["test_accuracy"] for cell in runs]).text(),
@@ -281,7 +276,7 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join(row)} |")
     for num_iters in result["config"]["timed"]:
         if num_iters not in result["config"]["num_iters"]:
-            cells = (result["preset"], name_of(num_iters), *"-----")
+            cells = (result["preset"], answer.name_of(num_iters), *"-----")
             cells = (*cells, _time(times, num_iters))
             lines.append(f"| {' | '.join(cells)} |")
     if baseline := result.get("bag_of_words"):
