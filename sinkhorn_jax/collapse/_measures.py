@@ -1,10 +1,5 @@
-"""Rank collapse and entropy collapse, measured on arrays.
+"""Measures of rank collapse and entropy collapse.
 
-Attention averages tokens, so with depth they approach one another (rank collapse), and
-its weights may come to rest on single tokens (entropy collapse). These are pure
-functions, for jit, vmap and both modes of differentiation; leading axes are batch.
-
-They compute and return in the input's dtype, or in float32 where that is narrower.
 `where` marks the tokens that count and broadcasts against the batch axes; the result is
 that of the array cropped to them, whatever the others hold, NaN and inf included, and 0
 if none counts. Gradients are finite for finite input; each docstring says what stands
@@ -39,7 +34,7 @@ def residual(
     Raises:
         TypeError, ValueError: A dtype or a shape does not fit.
     """
-    x, where = _prepare("x", x, where)
+    x, where = prepare("x", x, where)
     return _residual(x, where)
 
 
@@ -70,7 +65,7 @@ def relative_residual(
     """
     if norm not in get_args(Norm):
         raise ValueError(f"Unknown norm {norm!r}; expected one of {get_args(Norm)}.")
-    x, where = _prepare("x", x, where)
+    x, where = prepare("x", x, where)
     x, _, is_zero = _to_unit(x)
     res, res_scale, res_is_zero = _to_unit(_residual(x, where))
     ratio = res_scale * _norm(res, norm) / _norm(x, norm)
@@ -98,7 +93,7 @@ def stable_rank(
     Reference:
         Rudelson and Vershynin, 2007. https://arxiv.org/abs/math/0503442
     """
-    x, _ = _prepare("x", x, where)
+    x, _ = prepare("x", x, where)
     x, _, is_zero = _to_unit(x)
     ratio = jnp.square(_norm(x, "fro") / _norm(x, "spectral"))
     return jnp.where(is_zero, 0.0, ratio)
@@ -126,7 +121,7 @@ def effective_rank(
     Reference:
         Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
-    x, _ = _prepare("x", x, where)
+    x, _ = prepare("x", x, where)
     x, _, is_zero = _to_unit(x)
     s = jnp.linalg.svdvals(x)  # [..., min(T, D)]
     # The value keeps what lies below: in float32 at 256 x 256, rounding alone adds less
@@ -159,7 +154,7 @@ def attention_entropy(
     Reference:
         Zhai et al., 2023. https://arxiv.org/abs/2303.06296
     """
-    plan, _ = _prepare("plan", plan, where)
+    plan, _ = prepare("plan", plan, where)
     # Each row is its own matrix [1, S], so that rows of any magnitude count alike.
     p, _, is_empty = _to_unit(plan[..., None, :])  # Excluded rows are zeros, so empty.
     p = jnp.where(p == 0.0, 0.0, p)[..., 0, :]  # Cuts the gradient at zeros.
@@ -195,7 +190,7 @@ def residual_over_depth(
     return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
 
 
-def _prepare(name, x, where):
+def prepare(name, x, where):
     """Checks the arguments; x in its working dtype with zeros for excluded tokens."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -1,0 +1,321 @@
+r"""Upper bounds on the residual after attention.
+
+A layer of self-attention maps tokens X [T, D] to $\sum_h P_h X W_h$ with row-stochastic
+plans $P_h$ and $W_h = W_V W_O$ of head h. Below $R = residual(X)$, with spectral norm r
+unless said otherwise, n = T, $A = W_Q W_K^\top$, d the head dimension, C the centring
+matrix and c the column sums of a plan, which total n.
+
+Bounds over depth fall doubly exponentially, below any float, and are logarithms. All
+hold for exact arithmetic and leave skips, MLPs and LayerNorm out.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ._measures import prepare
+
+Normaliser = Literal["softmax", "sinkhorn", "sinkhorn limit"]
+
+
+def log_deviation(
+    plan: Float[Array, "*B T S"], where: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, "*B"]:
+    r"""How far a plan's rows are from equal: $\max_{ij} |\log (n P_{ij} / c_j)|$.
+
+    Args:
+        plan: Nonnegative attention weights with rows that sum to 1. Any T and S.
+        where: True where a row counts. Columns without mass are left out.
+
+    Returns:
+        $\delta \ge 0$, 0 for equal rows; inf if a column holds both zeros and mass. The
+        gradient is that of the largest entry, and where the entry is 0 it is 0.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+    """
+    plan, where = prepare("plan", plan, where)
+    count = where.sum(axis=-1).astype(plan.dtype)[..., None, None]
+    mean = plan.sum(axis=-2, keepdims=True) / jnp.maximum(count, 1.0)
+    counts = where[..., None] & (mean > 0.0)
+    is_zero = counts & (plan <= 0.0)
+    ratio = jnp.where(counts & ~is_zero, plan / jnp.where(mean > 0.0, mean, 1.0), 1.0)
+    delta = jnp.abs(jnp.log(ratio)).max(axis=(-2, -1))
+    return jnp.where(is_zero.any(axis=(-2, -1)), jnp.inf, delta)
+
+
+def column_sum_bound(
+    plan: Float[Array, "*B T S"],
+    residual_norm: Float[Array, "*B"],
+    value_norm: Float[Array, "*B"],
+    where: Bool[Array, "*#B T"] | None = None,
+) -> Float[Array, "*B"]:
+    r"""Bound on one head's residual by its plan's columns and evenness of rows.
+
+    $$\|res(P X W)\|_2 \le
+    (e^\delta - 1) \frac{\|c\|_2}{\sqrt{n}} \|W\|_2 \|res(X)\|_2$$
+
+    with $\delta$ of `log_deviation`. Assumes that rows of P sum to 1, nothing else: the
+    softmax and Sinkhorn differ in $\delta$ and in $\|c\|_2 / \sqrt{n}$, which is least,
+    1, for a doubly stochastic plan.
+
+    Proof: $P\mathbf{1} = \mathbf{1}$, so $res(P X W) = C P R W = C E R W$ with $E = P -
+    \mathbf{1}c^\top / n$. Each $|E_{ij}| = (c_j / n) |n P_{ij} / c_j - 1| \le (c_j / n)
+    (e^\delta - 1)$. Thus $\|E\|_2 \le \|E\|_F \le (e^\delta - 1) \|c\|_2 / \sqrt{n}$.
+
+    Args:
+        plan: The attention weights. Also T keys other than S queries will do.
+        residual_norm: $\|res(X)\|_2$ of the tokens that are attended to.
+        value_norm: $\|W\|_2$, of all that is applied to the values.
+        where: True where a row counts.
+
+    Returns:
+        The bound on the spectral norm; inf if $\delta$ is.
+
+    Raises:
+        TypeError, ValueError: A dtype or a shape does not fit.
+    """
+    delta = log_deviation(plan, where)
+    plan, where = prepare("plan", plan, where)
+    count = jnp.maximum(where.sum(axis=-1).astype(plan.dtype), 1.0)
+    square = jnp.square(plan.sum(axis=-2)).sum(axis=-1) / count
+    has_mass = square > 0.0
+    column = jnp.where(has_mass, jnp.sqrt(jnp.where(has_mass, square, 1.0)), 0.0)
+    return jnp.expm1(delta) * column * value_norm * residual_norm
+
+
+def pure_attention_log_bound(
+    log_residual: Float[Array, "*B"],
+    qk_norm: Float[Array, "*#B L N"],
+    value_norm: Float[Array, "*#B L N"],
+    head_dim: int,
+    num_tokens: int,
+    normaliser: Normaliser,
+    mean_norm: Float[Array, "*#B"] | None = None,
+) -> Float[Array, "*B L+1"]:
+    r"""Bound over depth from the weights alone, for either normaliser.
+
+    With $r_l$ the bound on the residual before layer l, summed over heads,
+
+    $$r_{l+1} = \sum_h \min(e^{\delta_h} - 1, 1) \sqrt{b_h} \|W_h\|_2 r_l,
+    \qquad \delta_h = 2 \|A_h\|_2 r_l^2 / \sqrt{d},$$
+
+    where $b$ bounds the largest column sum: 1 for "sinkhorn limit", a doubly stochastic
+    plan; $\min(n, e^\delta)$ for "sinkhorn", one iteration or more that ends on rows;
+    and for "softmax" n, or with `mean_norm` $\min(n, \exp(\sqrt{2} \|A\|_2 (m_l + r_l)
+    r_l / \sqrt{d}))$. While $\delta$ is small, $r_{l+1} \propto r_l^3$.
+
+    Proof. (1) *Evenness.* Write $x_i = \bar{x} + r_i$. Up to constants in rows the
+    logits are $u_j + M_{ij}$, $M = R A R^\top / \sqrt{d}$, and the plan of either
+    normaliser is $P_{ij} = a_i K_{ij} b_j$ with $K = e^M$, as $e^{u_j}$ joins $b_j$.
+    Rows sum to 1, so $a_i = 1 / \sum_l K_{il} b_l$ and $P_{ij} / P_{kj}$ is a weighted
+    mean over l of $K_{ij} K_{kl} / (K_{kj} K_{il})$. The logarithm of each term is
+    $(r_i - r_k)^\top A (r_j - r_l) / \sqrt{d}$, at most $\delta = 2 \|A\|_2 \|R\|_2^2 /
+    \sqrt{d}$, because $\|r_i - r_k\| = \|R^\top (e_i - e_k)\| \le \sqrt{2} \|R\|_2$.
+    Hence $e^{-\delta} \le n P_{ij} / c_j \le e^\delta$: no other term, softmax or not.
+    (2) *Columns.* $\|c\|_2 / \sqrt{n} \le \sqrt{\max c}$, since c totals n; and
+    $\max c \le n$. Before the last row step Sinkhorn's columns sum to 1, and the same
+    argument with columns in place of rows gives row sums in $[e^{-\delta}, e^\delta]$,
+    so after it $\max c \le e^\delta$. A row of the softmax spreads its logits by at
+    most $\|x_i\| \|A\|_2 \sqrt{2} \|R\|_2 / \sqrt{d}$ and $\|x_i\| \le \|\bar{x}\| +
+    \|R\|_2$; so $n P_{ij}$ is at most the exponential of that, and $\max c$ too. This
+    term sees the mean: the softmax needs it, Sinkhorn's columns do not.
+    (3) *A layer.* `column_sum_bound` gives $(e^\delta - 1) \sqrt{b}$. Also $\|C P R\|_2
+    \le \|P\|_2 \|R\|_2 \le \sqrt{\|P\|_1 \|P\|_\infty} \|R\|_2 \le \sqrt{b} \|R\|_2$,
+    hence the minimum with 1. (4) *The mean* of the next layer is that of $\sum_h P_h X
+    W_h$: at most $m_{l+1} = \sum_h \|W_h\|_2 (m_l + \sqrt{b_h} r_l / \sqrt{n})$.
+    The bound increases with $r_l$ and $m_l$, so it can be iterated.
+
+    Args:
+        log_residual: $\log \|res(X)\|_2$ of the first layer's input.
+        qk_norm: $\|A_h\|_2$ of L layers and N heads.
+        value_norm: $\|W_h\|_2$, values and output projection multiplied.
+        head_dim: d. Logits are divided by its root.
+        num_tokens: n.
+        normaliser: What makes plans of logits. "sinkhorn limit" assumes exact
+            columns; with few iterations or large logits they are not.
+        mean_norm: $m_0 = \|\bar{x}\|$. None bounds the softmax's columns by n.
+
+    Returns:
+        Natural logarithms for the input and after each layer; -inf where a norm is 0.
+
+    Raises:
+        ValueError: `normaliser` is unknown, or the shapes of the norms do not fit.
+    """
+    if normaliser not in get_args(Normaliser):
+        raise ValueError(
+            f"Unknown normaliser {normaliser!r}; expected one of "
+            f"{get_args(Normaliser)}."
+        )
+    log_residual, qk_norm, value_norm = _norms(log_residual, qk_norm, value_norm)
+    log_n = jnp.log(jnp.asarray(num_tokens, log_residual.dtype))
+    log_delta_0 = jnp.log(2.0 * head_dim**-0.5 * qk_norm)
+    log_value = jnp.log(value_norm)
+    has_mean = mean_norm is not None
+    log_mean = jnp.zeros_like(log_residual)
+    if mean_norm is not None:
+        log_mean = jnp.broadcast_to(jnp.log(mean_norm), log_residual.shape)
+
+    def layer(carry, norms):
+        log_r, log_m = carry  # [..., 1]: heads broadcast.
+        log_scale, log_v = norms  # [..., N]
+        log_delta = log_scale + 2.0 * log_r
+        if normaliser == "sinkhorn limit":
+            log_b = jnp.zeros_like(log_delta)
+        elif normaliser == "sinkhorn":
+            log_b = _exp_below(log_delta, log_n)
+        elif has_mean:
+            # sqrt(2) (m + r) r |A| / sqrt(d).
+            log_spread = log_scale + log_r - float(np.log(2.0)) / 2.0
+            log_b = _exp_below(log_spread + jnp.logaddexp(log_m, log_r), log_n)
+        else:
+            log_b = jnp.broadcast_to(log_n, log_delta.shape)
+        factor = _log_expm1_below_one(log_delta) + log_b / 2.0 + log_v
+        mean = jnp.logaddexp(log_m, log_b / 2.0 + log_r - log_n / 2.0) + log_v
+        sum_heads = lambda x: jax.nn.logsumexp(x, axis=-1, keepdims=True)
+        carry = sum_heads(factor) + log_r, sum_heads(mean)
+        return carry, carry[0][..., 0]
+
+    first = log_residual[..., None], log_mean[..., None]
+    layers = (jnp.moveaxis(log_delta_0, -2, 0), jnp.moveaxis(log_value, -2, 0))
+    _, logs = lax.scan(layer, first, layers)
+    return jnp.concatenate([first[0], jnp.moveaxis(logs, 0, -1)], axis=-1)
+
+
+def dong_log_bound(
+    log_residual: Float[Array, "*B"],
+    qk_norm: Float[Array, "*#B L N"],
+    value_norm: Float[Array, "*#B L N"],
+    head_dim: int,
+    gamma: float = 1.0,
+) -> Float[Array, "*B L+1"]:
+    r"""The bound of Dong et al. 2021 for softmax attention, layer by layer.
+
+    In their norm $\|X\|_{1,\infty} = \sqrt{\|X\|_1 \|X\|_\infty}$,
+
+    $$\|res(SAN(X))\| \le (4 \gamma H \beta / \sqrt{d})^{(3^L-1)/2} \|res(X)\|^{3^L}$$
+
+    if $\|A\|_1 \|W\|_{1,\infty} \le \beta$ for H heads in L layers; here the sum of
+    heads stands for $H\beta$ and each layer has its own. $\gamma$ depends on attention
+    entries. Their residual is the least over all $X - \mathbf{1}x^\top$, at most that
+    of the mean, which is at most twice it.
+
+    Assumes small logits, $o_i = \max_{jk} |E_{ij} - E_{ik}| \le 1.256$ with
+    $E = R A R^\top / \sqrt{d}$. Beyond, and for too small a $\gamma$, it may fail.
+
+    Proof sketch of a layer: let $w$ be the softmax of the part of the logits that is
+    constant along columns. Then $P_{ij} = w_j e^{\pm o_i}$ and $e^x \le 1 + 2x$ up to
+    1.256, so $|P - \mathbf{1}w^\top|_{ij} \le 2 o_i w_j$. With $\gamma^2 = \max_j w_j
+    \sum_i o_i / \max_i o_i$ this is $\|P - \mathbf{1}w^\top\|_{1,\infty} \le 2 \gamma
+    \max_i o_i \le 4 \gamma \|E\|_1$, and $\|E\|_1 \le \|A\|_1 \|R\|_{1,\infty}^2 /
+    \sqrt{d}$. So $\gamma \le \sqrt{n \max_j w_j}$: 1 where w is uniform. The same steps
+    serve Sinkhorn that ends on rows, whose column potential joins w.
+
+    Args:
+        log_residual: $\log \|res(X)\|_{1,\infty}$ of the first layer's input.
+        qk_norm: $\|A_h\|_1$, the largest absolute column sum, of L layers and N heads.
+        value_norm: $\|W_h\|_{1,\infty}$, values and output projection multiplied.
+        head_dim: d. Logits are divided by its root.
+        gamma: $\gamma$, a parameter.
+
+    Returns:
+        Natural logarithms for the input and after each layer.
+
+    Raises:
+        ValueError: The shapes of the norms do not fit.
+
+    Reference:
+        Dong, Cordonnier and Loukas, 2021. https://arxiv.org/abs/2103.03404
+    """
+    factor = 4.0 * head_dim**-0.5 * gamma
+    return _cubic(log_residual, qk_norm, value_norm, factor)
+
+
+def reported_log_bound(
+    log_residual: Float[Array, "*B"],
+    qk_norm: Float[Array, "*#B L N"],
+    value_norm: Float[Array, "*#B L N"],
+    head_dim: int,
+    num_tokens: int,
+    prefactor: float = 1.0,
+) -> Float[Array, "*B L+1"]:
+    r"""A bound for Sinkhorn attention as reported second-hand of Lapenna et al. 2026.
+
+    $$\|res(SA(X))\|_2 \le \lambda \beta (n^3 / d) \|res(X)\|_2^3$$
+
+    per head, heads added, iterated over layers. *Second-hand and unverified*: the
+    statement was not read in the paper, and no proof is given here. What $\lambda$ and
+    $\beta$ are was not reported; $\beta = \|A\|_2 \|W\|_2$ is this library's reading,
+    and $\lambda$ is the parameter `prefactor`. Its n^3 exceeds by orders of magnitude
+    what the cubic law of small residuals has, so that it is loose. Its power of d,
+    where logits have a root, makes it the smaller for large heads.
+
+    Args:
+        log_residual: $\log \|res(X)\|_2$ of the first layer's input.
+        qk_norm: $\|A_h\|_2$ of L layers and N heads.
+        value_norm: $\|W_h\|_2$, values and output projection multiplied.
+        head_dim: d.
+        num_tokens: n.
+        prefactor: $\lambda$.
+
+    Returns:
+        Natural logarithms for the input and after each layer.
+
+    Raises:
+        ValueError: The shapes of the norms do not fit.
+
+    Reference:
+        Lapenna, Fioresi and Gharesifard, 2026. https://arxiv.org/abs/2604.07925
+    """
+    factor = prefactor * num_tokens**3 / head_dim
+    return _cubic(log_residual, qk_norm, value_norm, factor)
+
+
+def _cubic(log_residual, qk_norm, value_norm, factor):
+    log_residual, qk_norm, value_norm = _norms(log_residual, qk_norm, value_norm)
+    log_factor = jnp.log((factor * qk_norm * value_norm).sum(axis=-1))  # [..., L]
+
+    def layer(log_r, log_k):
+        log_r = log_k + 3.0 * log_r
+        return log_r, log_r
+
+    _, logs = lax.scan(layer, log_residual, jnp.moveaxis(log_factor, -1, 0))
+    logs = jnp.moveaxis(logs, 0, -1)
+    return jnp.concatenate([log_residual[..., None], logs], axis=-1)
+
+
+def _norms(log_residual, qk_norm, value_norm):
+    if qk_norm.ndim < 2 or qk_norm.shape != value_norm.shape:
+        raise ValueError(
+            "qk_norm and value_norm must both be (..., layers, heads), got shapes "
+            f"{qk_norm.shape} and {value_norm.shape}: each head has one of each. For a "
+            "single head add an axis, as norm[..., None]."
+        )
+    batch = jnp.broadcast_shapes(log_residual.shape, qk_norm.shape[:-2])
+    shape = (*batch, *qk_norm.shape[-2:])
+    broadcast = jnp.broadcast_to
+    return (
+        broadcast(log_residual, batch),
+        broadcast(qk_norm, shape),
+        broadcast(value_norm, shape),
+    )
+
+
+def _log_expm1_below_one(log_delta):
+    """The logarithm of min(exp(delta) - 1, 1), accurate for any small delta."""
+    # From delta = 1 on the minimum is 1 anyway, and exp would overflow.
+    delta = jnp.exp(jnp.minimum(log_delta, 0.0))
+    is_positive = delta > 0.0
+    safe = jnp.where(is_positive, delta, 1.0)
+    log_ratio = jnp.where(is_positive, jnp.log(jnp.expm1(safe) / safe), 0.0)
+    return jnp.minimum(jnp.minimum(log_delta, 0.0) + log_ratio, 0.0)
+
+
+def _exp_below(log_x, bound):
+    """The lesser of x, given as its logarithm, and a bound."""
+    log_bound = jnp.log(jnp.maximum(bound, float(jnp.finfo(bound.dtype).tiny)))
+    return jnp.minimum(jnp.exp(jnp.minimum(log_x, log_bound)), bound)
