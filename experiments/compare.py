@@ -21,9 +21,8 @@ import pathlib
 from typing import Any, Final
 
 import numpy as np
-import scipy.stats
 
-from . import compare_figure, record, train
+from . import answer, compare_figure, record, train
 from .baseline import bag_of_words
 from .measures import DEFINITIONS
 from .step_times import measure_step_times
@@ -197,11 +196,8 @@ def name_of(num_iters: int) -> str:
 
 def interval(values) -> str:
     """The mean and the half-width of its 95 % interval by Student's t."""
-    values = np.asarray(values)
-    if len(values) < 2:
-        return f"{values.mean():.3f}"
-    width = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{values.mean():.3f} ± {width:.3f}"
+    mean, width = answer.interval(values)
+    return f"{mean:.3f}" if width is None else f"{mean:.3f} ± {width:.3f}"
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ In the limit Delta is C M C for Sinkhorn and M, less its row means under w, for 
 Thus s becomes 3 s + const: doubly exponential decay, for both normalisers.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +35,16 @@ class Weights(NamedTuple):
     out: Float[np.ndarray, "L N H D"]
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
+    """Tokens as their mean, and the direction and size of their residual."""
+
     mean: Float[np.ndarray, " D"]  # c
     direction: Float[np.ndarray, "T D"]  # R
     log_scale: float  # s
 
     @property
     def log_relative_residual(self) -> float:
+        """Natural logarithm of the relative residual in the Frobenius norm."""
         # The mean and the residual are orthogonal.
         log_mean = np.log(np.linalg.norm(self.mean) * len(self.direction) ** 0.5)
         return self.log_scale - np.logaddexp(2 * log_mean, 2 * self.log_scale) / 2
@@ -62,6 +66,17 @@ def log10_relative_residual(
     Raises:
         ValueError: The tokens are all equal, so that there is no residual to follow.
     """
+    states = follow(x, weights, num_iters)
+    return np.array([t.log_relative_residual for t in states]) / np.log(10)
+
+
+def follow(
+    x: Float[np.ndarray, "T D"], weights: Weights, num_iters: int
+) -> Iterator[Tokens]:
+    """The tokens that enter the first layer and those after each, as they are made.
+
+    Args and Raises: As `log10_relative_residual`.
+    """
     x = np.asarray(x, np.float64)
     if np.ptp(x, axis=0).max() == 0:
         raise ValueError(
@@ -70,19 +85,35 @@ def log10_relative_residual(
         )
     weights = Weights(*(np.asarray(w, np.float64) for w in weights))
     tokens = _split(x.mean(axis=0), x - x.mean(axis=0), 0.0)
-    logs = [tokens.log_relative_residual]
+    yield tokens
     for layer in zip(*weights, strict=True):
         tokens = _layer(tokens, Weights(*layer), num_iters)
-        logs.append(tokens.log_relative_residual)
-    return np.array(logs) / np.log(10)
+        yield tokens
+
+
+def random_problem(
+    seed: int,
+    *,
+    depth: int,
+    num_tokens: int,
+    width: int,
+    num_heads: int,
+    token_scale: float = 1.0,
+) -> tuple[Float[np.ndarray, "T D"], Weights]:
+    """Standard normal tokens times a scale, and weights that keep their variance."""
+    rng = np.random.default_rng(seed)
+    into = (depth, width, num_heads, width // num_heads)
+    shapes = (into, into, into, (depth, num_heads, width // num_heads, width))
+    weights = Weights(*(rng.normal(size=s) * width**-0.5 for s in shapes))
+    return rng.normal(size=(num_tokens, width)) * token_scale, weights
 
 
 def _split(mean, residual, log_scale):
     residual = residual - residual.mean(axis=0)
     norm = np.linalg.norm(residual)
     if norm == 0:  # Exact collapse, as without queries.
-        return _Tokens(mean, residual, -np.inf)
-    return _Tokens(mean, residual / norm, log_scale + np.log(norm))
+        return Tokens(mean, residual, -np.inf)
+    return Tokens(mean, residual / norm, log_scale + np.log(norm))
 
 
 def _layer(tokens, weights, num_iters):
