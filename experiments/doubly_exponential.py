@@ -8,7 +8,15 @@ softmax and for Sinkhorn: that the logarithm of the residual triples from layer 
 layer; that a layer's factor is the one of the cubic law, the norm of C M R W / n at
 |R| = 1; and that both normalisers share it. Large tokens start far from the law.
 
-Takes 10 seconds on a CPU core, with --quick one. The claims are of Dong et al. 2021,
+Takes 15 seconds on a CPU core, with --quick one. As measured, over 10 seeds:
+
+* With tokens of deviation 0.1 and 1 the logarithm triples, to 0.1 %, and from layer 3
+  on a layer's factor is the cubic law's, under both normalisers.
+* With deviation 3 the softmax takes up to ten layers to get there, Sinkhorn five.
+* Sinkhorn keeps no more than the softmax: less with deviations of 1 and 3, where it
+  reaches the law earlier; no difference was seen with 0.1.
+
+The claims are of Dong et al. 2021,
 https://arxiv.org/abs/2103.03404, and of Lapenna et al. 2026,
 https://arxiv.org/abs/2604.07925; all sizes are this module's own.
 """
@@ -180,8 +188,8 @@ def _shared(config, cells):
         for num_iters in unit:
             if num_iters:
                 yield answer.finding(
-                    f"Sinkhorn with {num_iters} iterations keeps more of the residual "
-                    f"than softmax (tokens of deviation {token_scale:g}).",
+                    f"{answer.name_of(num_iters)}, keeps more of the residual than "
+                    f"softmax (tokens of deviation {token_scale:g}).",
                     "its lead in log10 of the relative residual after the last "
                     "layer, over 3^depth, seed by seed",
                     unit[num_iters] - unit[0],
@@ -223,6 +231,7 @@ def _draw(result):
         top.set_yscale("log")
         top.invert_yaxis()
         top.set_title(f"tokens of deviation {scale:g}")
+        bottom.ticklabel_format(axis="y", useOffset=False)
         bottom.axhline(1, color="0.35", linestyle=":")
         bottom.set_xlabel("layer")
         bottom.xaxis.get_major_locator().set_params(integer=True)
