@@ -8,7 +8,16 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import bounds, compare, convergence, doubly_exponential, plot, rank_decay, train
+from . import (
+    bounds,
+    compare,
+    convergence,
+    doubly_exponential,
+    paths,
+    plot,
+    rank_decay,
+    train,
+)
 
 # A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
 # presets also has `choose`, which finds the defaults by --preset and --task.
@@ -19,6 +28,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "rank_decay": rank_decay,
     "doubly_exponential": doubly_exponential,
     "bounds": bounds,
+    "paths": paths,
     "convergence": convergence,
 }
 
