@@ -9,6 +9,9 @@ up in the same order every time.
 
 Potentials and sums are in float32. Products of the plan are in the inputs' dtype with
 sums in float32, as in flash attention.
+
+Gradients of 4096 tokens with H = D = 64 compile for v5e, v5p and v6e. The 16 MiB of a
+v4 are enough for that in bfloat16, in float32 for 2048 tokens.
 """
 
 import functools
