@@ -180,6 +180,24 @@ def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatc
     assert_close(got, step("reference", num_iters=4)(*exact), RTOL["float32"])
 
 
+def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
+    in_regime("strip")
+    arrays = operands(20, 7, b=1, k=2)
+    lengths = jnp.array([[20], [9]])
+
+    def solve(lengths):
+        return step(query_seq_lengths=lengths, num_iters=2)(*arrays)
+
+    got = interpreted(jax.vmap(solve), lengths)
+    exact = [x.astype("float64") for x in arrays]
+    expected = jax.vmap(
+        lambda lengths: step("reference", query_seq_lengths=lengths, num_iters=2)(
+            *exact
+        )
+    )(lengths)
+    assert_close(got, expected, RTOL["float32"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [197, 256, 1024, 4096])
 @regimes

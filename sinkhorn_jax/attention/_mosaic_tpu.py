@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from .._gradient import Exact
@@ -81,9 +82,8 @@ def _attend(problem, blocks, num_rows, num_cols, query, key, value):
 
 
 def _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value):
-    out, error, bases, scalings = forward(
-        problem,
-        blocks,
+    out, error, bases, scalings = _with_more_heads(
+        functools.partial(forward, problem, blocks),
         num_rows,
         num_cols,
         *_split(blocks, query, key, value),
@@ -98,9 +98,8 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
     dout, size = _to_unit(dout)
-    dq, dk, dv = backward(
-        problem,
-        blocks,
+    dq, dk, dv = _with_more_heads(
+        functools.partial(backward, problem, blocks),
         num_rows,
         num_cols,
         *_split(blocks, query, key, value),
@@ -120,6 +119,30 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _with_more_heads(fn, *arrays):
+    """`fn`, whose arrays begin with batch or heads: an axis of `vmap` is more of it.
+
+    Pallas would put the axis in front of the grid, where a kernel's grid has none.
+    """
+
+    @custom_vmap
+    def call(*arrays):
+        return fn(*arrays)
+
+    @call.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        out = _with_more_heads(fn, *jax.tree.map(fold, arrays, tuple(in_batched)))
+        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*arrays)
 
 
 def _lengths(problem, operands):
