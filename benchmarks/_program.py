@@ -56,7 +56,7 @@ def compiled(
 
     Raises:
         NotImplementedError: It needs more memory than it may have, or a product of
-            matrices that XLA lacks on this platform.
+            matrices or kernel that this platform lacks.
     """
     fn = in_mode(attend, mode)
     start = time.perf_counter()
@@ -106,8 +106,9 @@ def _compile(fn, shape, dtype):
     try:
         return jax.jit(fn).lower(*[array] * len(Inputs._fields)).compile()
     except ValueError as error:
-        # Such as float16 with accumulation in float32 on a CPU.
-        if "is not supported by dot_general" not in str(error):
+        # Such as float16 with accumulation in float32 on a CPU, or a kernel for a TPU.
+        lacking = "is not supported by dot_general", "Only interpret mode is supported"
+        if not any(text in str(error) for text in lacking):
             raise
         raise NotImplementedError(str(error).splitlines()[0]) from error
 

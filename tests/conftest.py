@@ -9,6 +9,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 # Shapes and dtypes of every annotated function of the package are checked at each call.
 jaxtyping.install_import_hook("sinkhorn_jax", "beartype.beartype")
@@ -29,3 +30,18 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Tests over the table run the TPU kernels in the interpreter, or skip them."""
+    callspec = getattr(pyfuncitem, "callspec", None)
+    if callspec is None or callspec.params.get("implementation") != "mosaic_tpu":
+        return (yield)
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+            return (yield)
+    except NotImplementedError as reason:
+        if "implementation='mosaic_tpu' cannot run here" not in str(reason):
+            raise
+        pytest.skip(str(reason))

@@ -22,6 +22,7 @@ FLOAT64_GRADIENT_ATOL = 1e-11
 B, T, S, N, K, H, D = 2, 5, 7, 4, 2, 3, 6
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+PLAIN = [name for name in IMPLEMENTATIONS if name != "mosaic_tpu"]  # Take float64.
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,7 +315,7 @@ def test_dropout_is_the_same_in_every_implementation_and_unbiased():
     options = {"dropout_rate": 0.25, "dropout_rng": jax.random.key(3), "num_iters": 3}
     outs = [
         sinkhorn_attention(*operands, implementation=implementation, **options)
-        for implementation in IMPLEMENTATIONS
+        for implementation in PLAIN
     ]
     for out in outs[1:]:
         chex.assert_trees_all_close(out, outs[0], atol=1e-12)
@@ -339,7 +340,7 @@ def test_marginal_error_is_before_dropout_and_not_differentiated():
 
     dropped = error(operands, dropout_rate=0.5, dropout_rng=jax.random.key(0))
     assert dropped == error(operands)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in PLAIN:
         grads = jax.grad(error)(operands, implementation=implementation)
         assert not any(x.any() for x in grads)
 

@@ -43,7 +43,8 @@ def test_quick_measures_everything_in_both_modes(quick):
         (name, mode)
         for name in (_programs.SOFTMAX, *_programs.names())
         for mode in _program.MODES
-        if installed(name)
+        # The kernels of another platform are skipped, as another test sees.
+        if installed(name) and name != "mosaic_tpu"
     }
     assert len({row.date for row in rows}) == 1
     for mode in _program.MODES:

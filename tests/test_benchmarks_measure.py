@@ -178,6 +178,12 @@ def test_memory_limits(monkeypatch):
     _limits.check_memory(2**60)
 
 
+@pytest.mark.skipif(jax.default_backend() == "tpu", reason="It runs on a TPU.")
+def test_kernels_of_another_platform_are_refused():
+    with pytest.raises(NotImplementedError, match="Only interpret mode"):
+        _programs.build("mosaic_tpu", _cases.SMOKE[0], "forward")
+
+
 def test_what_would_take_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(_limits, "LONGEST_CALL_S", 1.0)
     _limits.check_time(0.2, 64, 32)

@@ -15,13 +15,16 @@ from .._domain import accum_dtype
 from .._gradient import Exact, Gradient
 from .._iteration import Finish
 from .._options import Options
-from . import _reference, _scaling, _streaming
+from . import _mosaic_tpu, _reference, _scaling, _streaming
 from ._problem import Operands, Problem
 
 # In order of preference. "reference" runs everywhere and stays last. The tests and the
 # benchmarks read this table, so a new implementation is its module and a line here.
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
+        "mosaic_tpu": Implementation(
+            _mosaic_tpu.attend, _mosaic_tpu.why_not, _mosaic_tpu.prefer
+        ),
         "streaming": Implementation(
             _streaming.attend, _streaming.why_not, _streaming.prefer
         ),
@@ -110,6 +113,10 @@ def sinkhorn_attention(
             have a closed-form gradient, reverse mode only.
             "reference" holds all logits and is plain JAX: use it for forward mode,
             Hessians and any other transform.
+            "mosaic_tpu" are Pallas kernels for TPUs, compiled for them but not measured
+            on one, so only taken by name. They take float32 and bfloat16, `Exact`,
+            finish="rows" and sequence lengths, but no bias, mask or dropout; reverse
+            mode only.
         return_marginal_error: Also return how far the other marginal is from exact.
 
     Returns:
@@ -201,6 +208,8 @@ def attend(
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,
         return_marginal_error=return_marginal_error,
+        has_bias=bias is not None,
+        has_mask=mask is not None,
     )
     logits_shape = (batch, num_heads, t, s)
     operands = Operands(

@@ -29,6 +29,8 @@ class Problem:
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False  # One mask for all batch elements and heads.
     return_marginal_error: bool = False
+    has_bias: bool = False
+    has_mask: bool = False  # Sequence lengths are not a mask.
 
 
 class Operands(NamedTuple):

@@ -1,0 +1,190 @@
+"""Sinkhorn attention as Pallas kernels for TPUs.
+
+One kernel forward and one backward, in one of two regimes. Where the kernel matrix of a
+head fits VMEM it stays there: one exponential an entry makes it, and an iteration is a
+matrix-vector product on either side. Beyond that, strips of rows pass by once for every
+iteration, with one exponential an entry each, and nothing of size (T, S) is stored.
+The grid of a TPU core runs in order, so sums over strips are plain accumulators, added
+up in the same order every time.
+
+Potentials and sums are in float32. Products of the plan are in the inputs' dtype with
+sums in float32, as in flash attention.
+
+The 16 MiB of a v4 do not hold what gradients of 4096 tokens need in float32.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float
+
+from .._gradient import Exact
+from ._mosaic_tpu_backward import backward
+from ._mosaic_tpu_blocks import Blocks, default_blocks
+from ._mosaic_tpu_forward import forward
+from ._problem import Operands, Problem, vary_alike
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend(
+    problem: Problem, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """Output and, on request, marginal error."""
+    return attend_in(problem, default_blocks(problem), operands)
+
+
+def attend_in(
+    problem: Problem, blocks: Blocks, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """`attend` in given blocks."""
+    operands = vary_alike(operands)
+    num_rows, num_cols = _lengths(problem, operands)
+    return _attend(
+        problem,
+        blocks,
+        num_rows,
+        num_cols,
+        operands.query,
+        operands.key,
+        operands.value,
+    )
+
+
+def why_not(problem: Problem) -> str | None:
+    """It takes what its kernels were written for, and says what that is."""
+    if problem.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"a TPU kernel takes float32 and bfloat16, got {problem.dtype}"
+    if problem.has_bias or problem.has_mask:
+        name = "bias" if problem.has_bias else "mask"
+        return f"it takes sequence lengths but no {name}"
+    if problem.dropout_rate > 0:
+        return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
+    if problem.options.finish != "rows":
+        return f"it takes finish='rows', got {problem.options.finish!r}"
+    if not isinstance(problem.options.gradient, Exact):
+        return f"it takes gradient=Exact(), got {problem.options.gradient}"
+    return None
+
+
+def prefer(problem: Problem, platform: str) -> bool:
+    """Not unasked: it was compiled for TPUs but not measured on one."""
+    del problem, platform
+    return False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(problem, blocks, num_rows, num_cols, query, key, value):
+    return _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value)[0]
+
+
+def _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value):
+    out, error, bases, scalings = _with_more_heads(
+        functools.partial(forward, problem, blocks),
+        num_rows,
+        num_cols,
+        *_split(blocks, query, key, value),
+    )
+    if error is not None:
+        error = error.reshape(problem.batch, problem.num_heads)
+    out = _join(problem, out)[:, : problem.t]
+    return (out, error), (num_rows, num_cols, query, key, value, bases, scalings)
+
+
+def _attend_bwd(problem, blocks, residuals, cotangents):
+    num_rows, num_cols, query, key, value, bases, scalings = residuals
+    dout, _ = cotangents  # The marginal error is not differentiated.
+    dout, size = _to_unit(dout)
+    dq, dk, dv = _with_more_heads(
+        functools.partial(backward, problem, blocks),
+        num_rows,
+        num_cols,
+        *_split(blocks, query, key, value),
+        _pad(jnp.swapaxes(dout, 1, 2), blocks.padded_rows),
+        bases,
+        scalings,
+    )
+    dq, dk, dv = (_join(problem, x) * size for x in (dq, dk, dv))
+
+    def of_key_heads(x):
+        groups = problem.num_heads // problem.num_key_heads
+        x = x[:, : problem.s]
+        return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
+
+    grads = dq[:, : problem.t], of_key_heads(dk), of_key_heads(dv)
+    return None, None, *(x.astype(problem.dtype) for x in grads)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _with_more_heads(fn, *arrays):
+    """`fn`, whose arrays begin with batch or heads: an axis of `vmap` is more of it.
+
+    Pallas would put the axis in front of the grid, where a kernel's grid has none.
+    """
+
+    @custom_vmap
+    def call(*arrays):
+        return fn(*arrays)
+
+    @call.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        out = _with_more_heads(fn, *jax.tree.map(fold, arrays, tuple(in_batched)))
+        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*arrays)
+
+
+def _lengths(problem, operands):
+    def length(valid, full):
+        if valid is None:
+            return jnp.full(problem.batch, full, jnp.int32)
+        return valid.sum(axis=1, dtype=jnp.int32)
+
+    rows = length(operands.query_valid, problem.t)
+    cols = length(operands.key_valid, problem.s)
+    # Rows without columns are padding, and the other way round.
+    is_empty = (rows == 0) | (cols == 0)
+    return jnp.where(is_empty, 0, rows), jnp.where(is_empty, 0, cols)
+
+
+def _split(blocks, query, key, value):
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    return (
+        _pad(query, blocks.padded_rows),
+        _pad(key, blocks.cols),
+        _pad(value, blocks.cols),
+    )
+
+
+def _pad(x, length):
+    x = x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+
+
+def _join(problem, x):
+    return jnp.swapaxes(x.reshape(problem.batch, -1, *x.shape[1:]), 1, 2)
+
+
+def _to_unit(dout):
+    """Cotangents of order 1, and what they were divided by, for every head.
+
+    The pull-back is linear; a large cotangent must not take factors out of range. A
+    power of 2 leaves bfloat16 as it is.
+    """
+    top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
+    # Two halves: a subnormal cotangent has no finite reciprocal.
+    half = exponent // 2
+    down = [jnp.ldexp(jnp.float32(1), -x) for x in (half, exponent - half)]
+    dout = dout * down[0].astype(dout.dtype) * down[1].astype(dout.dtype)
+    return dout, jnp.ldexp(jnp.float32(1), exponent)

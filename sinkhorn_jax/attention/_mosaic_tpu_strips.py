@@ -1,0 +1,124 @@
+"""What the forward and the backward TPU kernels do alike with a strip of rows."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from ._mosaic_tpu_blocks import SUBLANES, Blocks
+from ._problem import Problem
+
+# A reference to memory inside a kernel. Pallas has no public type for one.
+Ref = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One head inside a kernel: its operands and how many of them are valid.
+
+    The kernel matrix of a pass is exp(X - rowmax(X)) with X = Z - rowmax(Z) + base, for
+    the logits Z. The first maximum comes off before the base goes on: so an offset of a
+    whole row, however large, costs no precision.
+    """
+
+    problem: Problem
+    blocks: Blocks
+    num_rows: Int[Array, ""]
+    num_cols: Int[Array, ""]
+    query_ref: Ref  # [1, padded rows or rows of a strip, H]
+    key_ref: Ref  # [1, cols, H]
+    kernel_ref: Ref  # [padded rows or rows of a strip, cols]: the matrix of a pass.
+
+    def rows(self, i: Int[Array, ""] | int) -> Any:
+        """Where the strip is in an array that the kernel holds for it."""
+        # Without a resident matrix the grid goes through the strips, and the arrays
+        # hold one. A multiple, for the compiler to see an aligned address.
+        if not self.blocks.is_resident:
+            return pl.ds(0, self.blocks.rows)
+        return self.all_rows(i)
+
+    def all_rows(self, i: Int[Array, ""] | int) -> Any:
+        """Where the strip is in an array of all rows."""
+        return pl.ds(
+            pl.multiple_of(jnp.int32(i) * self.blocks.rows, SUBLANES), self.blocks.rows
+        )
+
+    def valid_cols(self) -> Bool[Array, "1 S"]:
+        """False for padding."""
+        position = jax.lax.broadcasted_iota(jnp.int32, (1, self.blocks.cols), 1)
+        return position < self.num_cols
+
+    def logits(self, i: Int[Array, ""] | int) -> Float[Array, "I S"]:
+        """Less their row maxima, -inf for padding; the same bits in every pass."""
+        shape = self.blocks.rows, self.blocks.cols
+        z = product(self.query_ref[0, self.rows(i)], self.key_ref[0], (1, 1))
+        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + i * self.blocks.rows
+        col = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        valid = (row < self.num_rows) & (col < self.num_cols)
+        z = jnp.where(valid, z * jnp.float32(self.problem.scale), -jnp.inf)
+        return z - _row_maxima(z)
+
+    def kernel(
+        self,
+        i: Int[Array, ""] | int,
+        base: Float[Array, "1 S"],
+        is_kept: Bool[Array, ""] | bool,
+        z: Float[Array, "I S"] | None = None,
+    ) -> Float[Array, "I S"]:
+        """The strip's kernel matrix.
+
+        Args:
+            i: The strip.
+            base: What is added to the logits.
+            is_kept: Whether a resident matrix still is what the last pass left.
+            z: `logits(i)` if they are there already.
+        """
+
+        def make():
+            x = (self.logits(i) if z is None else z) + base
+            self.kernel_ref[self.rows(i), :] = jnp.exp(x - _row_maxima(x))
+
+        if is_kept is False or not self.blocks.is_resident:
+            make()
+        else:
+            pl.when(jnp.logical_not(is_kept))(make)
+        return self.kernel_ref[self.rows(i), :]
+
+
+def product(
+    x: Float[Array, "..."], y: Float[Array, "..."], contract: tuple[int, int]
+) -> Float[Array, "..."]:
+    """Sum over an axis of each, in float32; of bfloat16 exact, as of float32 nearly."""
+    precision = (
+        jax.lax.Precision.HIGHEST
+        if x.dtype == jnp.float32
+        else jax.lax.Precision.DEFAULT
+    )
+    dims = ((contract[0],), (contract[1],)), ((), ())
+    return jax.lax.dot_general(
+        x, y, dims, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def row_sums(x: Float[Array, "I S"]) -> Float[Array, "I 1"]:
+    """On the vector unit: a matrix product would round what it sums."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def col_sums(x: Float[Array, "I S"]) -> Float[Array, "1 S"]:
+    """As `row_sums`."""
+    return jnp.sum(x, axis=0, keepdims=True)
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """0 for padding, which is where the sum is 0 and nowhere else."""
+    return jnp.where(x == 0, 0.0, 1 / jnp.where(x == 0, 1.0, x))
+
+
+def _row_maxima(x):
+    # A row of padding has no maximum; -inf less the least number is still -inf.
+    top = jnp.max(x, axis=1, keepdims=True)
+    return jnp.maximum(top, jnp.finfo(jnp.float32).min)

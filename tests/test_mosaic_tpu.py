@@ -1,0 +1,276 @@
+"""`implementation="mosaic_tpu"`: the interpreter's numbers and races, and lowering."""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hostile import hostile_logits
+from jax.experimental.pallas import tpu as pltpu
+
+from sinkhorn_jax import Truncated, sinkhorn_attention
+from sinkhorn_jax._options import Options
+from sinkhorn_jax.attention import IMPLEMENTATIONS, _mosaic_tpu, _mosaic_tpu_forward
+from sinkhorn_jax.attention._mosaic_tpu_blocks import Blocks, default_blocks, round_up
+from sinkhorn_jax.attention._problem import Problem
+
+# Relative to the largest entry. Float32 as for the other implementations; in bfloat16
+# the plan and its gradient are rounded to 8 bits before they are multiplied.
+RTOL = {"float32": 5e-6, "bfloat16": 1e-2}
+
+regimes = pytest.mark.parametrize("regime", ["resident", "strip"])
+
+
+@pytest.fixture
+def in_regime(monkeypatch):
+    """Sets the regime, and strips of 16 rows so that there are several."""
+
+    def set_regime(regime):
+        def blocks(problem):
+            return Blocks(
+                rows=16,
+                num_strips=-(-problem.t // 16),
+                cols=round_up(problem.s, 128),
+                is_resident=regime == "resident",
+            )
+
+        monkeypatch.setattr(_mosaic_tpu, "default_blocks", blocks)
+        jax.clear_caches()
+
+    yield set_regime
+    jax.clear_caches()
+
+
+@pytest.fixture
+def interpreted(capfd):
+    """Calls a function in the TPU interpreter, and sees that it reports no race."""
+
+    def call(fn, *args):
+        params = pltpu.InterpretParams(detect_races=True)
+        with pltpu.force_tpu_interpret_mode(params):
+            result = jax.tree.map(np.asarray, fn(*args))
+        assert "RACE" not in capfd.readouterr().out
+        return result
+
+    return call
+
+
+def operands(t, s, dtype="float32", b=2, n=2, k=1, h=8, d=4, scale=1.0):
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, *rest = (
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    return query * jnp.asarray(scale, dtype), *rest
+
+
+def step(implementation="mosaic_tpu", **options):
+    """Output, marginal error, and gradients by query, key and value."""
+
+    def attend(query, key, value):
+        return sinkhorn_attention(
+            query,
+            key,
+            value,
+            implementation=implementation,
+            return_marginal_error=True,
+            **options,
+        )
+
+    def call(query, key, value, cotangent):
+        (out, error), pull_back = jax.vjp(attend, query, key, value)
+        return out, error, pull_back((cotangent, jnp.zeros_like(error)))
+
+    return call
+
+
+def assert_close(got, expected, rtol):
+    """Each array relative to its largest magnitude; the marginal error as it is."""
+
+    def error(x, y):
+        return abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
+
+    errors = jax.tree.map(error, got[::2], expected[::2])
+    assert max(jax.tree.leaves(errors)) < rtol, errors
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-2, atol=rtol)
+
+
+LENGTHS = {
+    "query_seq_lengths": [17, 33, 0],
+    "key_value_seq_lengths": [20, 5, 20],
+    "num_iters": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("regime", "options"),
+    [
+        ("strip", {"num_iters": 0}),
+        ("resident", {"num_iters": 1}),
+        ("resident", LENGTHS),
+        ("strip", LENGTHS),
+    ],
+    ids=str,
+)
+def test_agrees_with_float64(in_regime, interpreted, regime, options):
+    in_regime(regime)
+    arrays = operands(33, 20, b=3 if options is LENGTHS else 1)
+    options = {
+        name: jnp.asarray(value) if name.endswith("lengths") else value
+        for name, value in options.items()
+    }
+    got = interpreted(step(**options), *arrays)
+    lengths = tuple(
+        options.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths")
+    )
+    expected = reference.sinkhorn_attention(
+        *arrays[:3], num_iters=options["num_iters"], lengths=lengths
+    )
+    np.testing.assert_allclose(got[0], expected, atol=3e-6)
+    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
+    assert_close(got, step("reference", **options)(*exact), RTOL["float32"])
+
+
+def test_bfloat16(in_regime, interpreted):
+    in_regime("resident")
+    arrays = operands(24, 140, "bfloat16", b=1, k=2)
+    got = interpreted(step(num_iters=3), *arrays)
+    assert got[0].dtype == got[2][0].dtype == jnp.bfloat16
+    assert got[1].dtype == jnp.float32
+    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
+    assert_close(got, step("reference", num_iters=3)(*exact), RTOL["bfloat16"])
+
+
+def test_hostile_logits(in_regime, interpreted):
+    """Through one-hot queries, whose logits are the keys; some move the base."""
+    in_regime("resident")
+    n, num_iters = 18, 8
+    named = hostile_logits(n)
+    logits = jnp.stack([jnp.asarray(x) for x in named.values()])
+    query = jnp.broadcast_to(jnp.eye(n, dtype="float32"), logits.shape)[:, :, None]
+    key = jnp.swapaxes(logits, 1, 2)[:, :, None]
+    value = jax.random.normal(jax.random.key(3), (*logits.shape[:2], 1, 4), "float32")
+    arrays = query, key, value, jnp.sin(9 * value)
+    got = interpreted(step(num_iters=num_iters, scale=1.0), *arrays)
+    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
+    expected = step("reference", num_iters=num_iters, scale=1.0)(*exact)
+    # Logits of 400 are rounded to 1.5e-5, and so is what the logarithm of a plan is.
+    chex.assert_trees_all_close(got[0], expected[0].astype("float32"), atol=1e-4)
+    for x, y in zip(got[2][1:], expected[2][1:], strict=True):
+        # Where the plan is a permutation the gradient is 0, but for the rounding of
+        # terms of order 1.
+        size = np.maximum(abs(np.asarray(y)).max(axis=(1, 2, 3)), 1e-2)
+        error = abs(x - np.asarray(y)).max(axis=(1, 2, 3)) / size
+        assert error.max() < 2e-4, dict(zip(named, error.tolist(), strict=True))
+    chex.assert_tree_all_finite(got)
+
+
+def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatch):
+    in_regime("strip")
+    monkeypatch.setattr(_mosaic_tpu_forward, "MAX_DRIFT", 0.0)
+    arrays = operands(33, 20, b=1, scale=3.0)
+    got = interpreted(step(num_iters=4), *arrays)
+    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
+    assert_close(got, step("reference", num_iters=4)(*exact), RTOL["float32"])
+
+
+def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
+    in_regime("strip")
+    arrays = operands(20, 7, b=1, k=2)
+    lengths = jnp.array([[20], [9]])
+
+    def solve(lengths):
+        return step(query_seq_lengths=lengths, num_iters=2)(*arrays)
+
+    got = interpreted(jax.vmap(solve), lengths)
+    exact = [x.astype("float64") for x in arrays]
+    expected = jax.vmap(
+        lambda lengths: step("reference", query_seq_lengths=lengths, num_iters=2)(
+            *exact
+        )
+    )(lengths)
+    assert_close(got, expected, RTOL["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [197, 256, 1024, 4096])
+@regimes
+def test_lowers_for_tpu(monkeypatch, dtype, tokens, regime):
+    monkeypatch.setattr(
+        _mosaic_tpu, "default_blocks", functools.partial(default_blocks, regime=regime)
+    )
+    jax.clear_caches()
+    shapes = (1, tokens, 2, 64), (1, tokens, 1, 64), (1, tokens, 1, 64)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (*shapes, shapes[0])]
+    program = jax.jit(step()).trace(*arrays).lower(lowering_platforms=("tpu",))
+    text = program.as_text()
+    assert text.count("@tpu_custom_call") == 2, "One kernel forward and one backward."
+    jax.clear_caches()
+
+
+def problem(**changed):
+    fields = {
+        "batch": 1,
+        "t": 256,
+        "s": 256,
+        "num_heads": 1,
+        "num_key_heads": 1,
+        "head_dim": 64,
+        "value_dim": 64,
+        "dtype": jnp.dtype("bfloat16"),
+        "options": Options(10),
+        "scale": 1.0,
+    }
+    return Problem(**fields | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"dtype": jnp.dtype("float64")}, "float32 and bfloat16, got float64"),
+        ({"dtype": jnp.dtype("float16")}, "float32 and bfloat16, got float16"),
+        ({"has_bias": True}, "no bias"),
+        ({"has_mask": True}, "no mask"),
+        ({"dropout_rate": 0.5}, r"dropout_rate=0\.5"),
+        ({"options": Options(2, "columns")}, "finish='rows', got 'columns'"),
+        ({"options": Options(2, gradient=Truncated(1))}, "Exact.*Truncated"),
+    ],
+    ids=str,
+)
+def test_why_not(changed, says):
+    entry = IMPLEMENTATIONS["mosaic_tpu"]
+    assert entry.why_not(problem()) is None
+    assert re.search(says, entry.why_not(problem(**changed)))
+
+
+def test_is_not_taken_unasked():
+    entry = IMPLEMENTATIONS["mosaic_tpu"]
+    assert not any(entry.prefer(problem(), x) for x in ("cpu", "gpu", "tpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("t", [1, 197, 1024, 4096, 30_000])
+@pytest.mark.parametrize("s", [1, 1024, 4096])
+def test_blocks_cover_every_query_and_key(dtype, t, s):
+    blocks = default_blocks(problem(t=t, s=s, dtype=jnp.dtype(dtype)))
+    assert blocks.padded_rows - blocks.rows < t <= blocks.padded_rows
+    assert blocks.cols - 128 < s <= blocks.cols
+
+
+def test_small_kernel_matrices_stay():
+    is_resident = {
+        t: default_blocks(problem(t=t, s=t)).is_resident for t in (256, 512, 4096)
+    }
+    assert is_resident == {256: True, 512: True, 4096: False}
+
+
+def test_blocks_are_whole_tiles():
+    blocks = default_blocks(problem())
+    with pytest.raises(ValueError, match="rows must be a positive multiple of 16"):
+        dataclasses.replace(blocks, rows=24)
