@@ -32,12 +32,10 @@ from tqdm import tqdm
 
 from sinkhorn_jax import collapse
 
-from . import ensemble, entropy_figure, record
+from . import answer, ensemble, entropy_figure
 from .data import imdb
 from .findings import Finding, interval, verdict
 from .models import Encoder
-
-RESULTS = pathlib.Path("experiments") / "results"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,9 @@ class Config:
     logit_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)  # At initialisation.
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # Initialisation and order of the reviews.
     data_seed: int = 0  # Split of the reviews.
-    output: pathlib.Path = RESULTS / "entropy"  # Folder of the JSON and the figure.
+    output: pathlib.Path = (
+        answer.RESULTS / "entropy"
+    )  # Folder of the JSON and the figure.
 
     def __post_init__(self):
         for name in ("num_iters", "num_steps", "observe_every", "num_measured"):
@@ -86,7 +86,7 @@ QUICK = Config(
     learning_rates=(1e-3, 5e-2),
     logit_scales=(1.0, 4.0),
     seeds=(0, 1),
-    output=RESULTS / "entropy_quick",
+    output=answer.RESULTS / "entropy_quick",
 )
 
 DEFINITIONS = {
@@ -141,24 +141,13 @@ def run(config: Config) -> dict[str, Any]:
                 last = losses[:, -max(1, config.num_steps // 10) :].mean(axis=1)
                 trained.append(row | curves | {"train_loss": last.tolist()})
     result = {
-        "question": "entropy",
-        "config": {**dataclasses.asdict(config), "output": str(config.output)},
-        "environment": record.environment(),
         "definitions": DEFINITIONS,
         "max_entropy": float(np.log(dataset.validation.lengths).mean()),
         "trained": trained,
         "scaled": scaled,
-        "wall_time_s": round(time.monotonic() - start, 1),
     }
-    result["findings"] = findings(result)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / "entropy.json"
-    record.write_json(path, result)
-    entropy_figure.draw(result, path.with_suffix(".png"))
-    for finding in result["findings"]:
-        print(f"{finding['claim']}: {finding['verdict']}. {finding['text']}")
-    print(f"\nTook {result['wall_time_s']:.0f} s. Wrote {path} and its figure.")
-    return result
+    result["findings"] = findings(result | {"config": dataclasses.asdict(config)})
+    return answer.write("entropy", config, result, entropy_figure.draw, start)
 
 
 def _encoder(config, num_iters, vocab_size):
