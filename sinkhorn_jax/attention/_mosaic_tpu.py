@@ -89,7 +89,7 @@ def _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value):
     )
     if error is not None:
         error = error.reshape(problem.batch, problem.num_heads)
-    out = _join(problem, out)[:, : problem.t]
+    out = _from_rows(problem, out)
     return (out, error), (num_rows, num_cols, query, key, value, bases, scalings)
 
 
@@ -102,18 +102,12 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
         num_rows,
         num_cols,
         *_split(blocks, query, key, value),
-        _pad(jnp.swapaxes(dout, 1, 2), blocks.padded_rows),
+        _rows(dout, blocks.padded_rows),
         bases,
         scalings,
     )
-    dq, dk, dv = (_join(problem, x) * size for x in (dq, dk, dv))
-
-    def of_key_heads(x):
-        groups = problem.num_heads // problem.num_key_heads
-        x = x[:, : problem.s]
-        return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
-
-    grads = dq[:, : problem.t], of_key_heads(dk), of_key_heads(dv)
+    dq, dk, dv = (x * size.reshape(-1, 1, 1) for x in (dq, dk, dv))
+    grads = _from_rows(problem, dq), _from_cols(problem, dk), _from_cols(problem, dv)
     return None, None, *(x.astype(problem.dtype) for x in grads)
 
 
@@ -158,21 +152,37 @@ def _lengths(problem, operands):
 
 
 def _split(blocks, query, key, value):
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     return (
-        _pad(query, blocks.padded_rows),
-        _pad(key, blocks.cols),
-        _pad(value, blocks.cols),
+        _rows(query, blocks.padded_rows),
+        _cols(key, blocks.cols),
+        _cols(value, blocks.cols),
     )
 
 
-def _pad(x, length):
+def _rows(x: Float[Array, "B T N H"], length: int) -> Float[Array, "BN T_ H"]:
+    """Heads flattened with the batch, and rows padded to the length."""
+    x = jnp.swapaxes(x, 1, 2)
     x = x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
 
 
-def _join(problem, x):
-    return jnp.swapaxes(x.reshape(problem.batch, -1, *x.shape[1:]), 1, 2)
+def _cols(x: Float[Array, "B S K H"], length: int) -> Float[Array, "BK H S_"]:
+    """Likewise, with columns last: a short axis there would be padded to 128."""
+    x = jnp.moveaxis(x, 1, 3)
+    x = x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
+
+
+def _from_rows(problem, x):
+    x = x.reshape(problem.batch, -1, *x.shape[1:])
+    return jnp.swapaxes(x, 1, 2)[:, : problem.t]
+
+
+def _from_cols(problem, x):
+    """Of key heads: what their query heads give is added up."""
+    groups = problem.num_heads // problem.num_key_heads
+    x = x.reshape(problem.batch, problem.num_key_heads, groups, *x.shape[1:])
+    return jnp.moveaxis(x.sum(axis=2), 3, 1)[:, : problem.s]
 
 
 def _to_unit(dout):

@@ -42,9 +42,9 @@ def _backward_kernel(
     blocks: Blocks,
 ):
     # In SMEM: num_rows, num_cols [B], shares_base [BN]. query [1, I or T, H], key
-    # [1, S, H], value [1, S, D], dout [1, I or T, D], bases and scalings [1, L, S].
-    # Results in float32: dq like query, dk [BN, S, H] and dv [BN, S, D] in HBM, because
-    # blocks of results are in VMEM twice. Scratch: dk [S, H], dv [S, D], kernel [I or
+    # [1, H, S], value [1, D, S], dout [1, I or T, D], bases and scalings [1, L, S].
+    # Results in float32: dq like query, dk [BN, H, S] and dv [BN, D, S] in HBM, because
+    # blocks of results are in VMEM twice. Scratch: dk [H, S], dv [D, S], kernel [I or
     # T, S], dz [I, S], dcols and sums [1, S], left [T, R] and right [R, S] with R =
     # 2 (L - 1), rounded up. I rows of a strip while the grid goes through strips, T
     # padded rows otherwise.
@@ -83,7 +83,7 @@ def _backward_kernel(
         return scalings_ref[0, pl.ds(k - 1, 1), :]
 
     def dplan(i):
-        return product(dout_ref[0, head.rows(i), :], value_ref[0], (1, 1))
+        return product(dout_ref[0, head.rows(i), :], value_ref[0], (1, 0))
 
     def seed(i):
         @pl.when(i == 0)
@@ -144,7 +144,7 @@ def _backward_kernel(
         plan = plan * reciprocal(row_sums(plan))
         moved = plan * dplan(i)
         dz_ref[...] = moved - plan * row_sums(moved)
-        dv_ref[...] += product(plan.T.astype(dout.dtype), dout, (1, 0))
+        dv_ref[...] += product(dout, plan.astype(dout.dtype), (0, 0))
         if num_iters:
             add_first_steps(z)
         if num_iters > 1:
@@ -152,9 +152,9 @@ def _backward_kernel(
             pl.when(jnp.logical_not(shares_base))(
                 functools.partial(add_other_steps_in_turn, i)
             )
-        dz = dz_ref[...] * jnp.float32(problem.scale)
-        dq_ref[0, head.rows(i), :] = product(dz.astype(query.dtype), key_ref[0], (1, 0))
-        dk_ref[...] += product(dz.T.astype(query.dtype), query, (1, 0))
+        dz = (dz_ref[...] * jnp.float32(problem.scale)).astype(query.dtype)
+        dq_ref[0, head.rows(i), :] = product(dz, key_ref[0], (1, 1))
+        dk_ref[...] += product(query, dz, (0, 0))
 
     def add_first_steps(z):
         first = jnp.exp(z)
@@ -206,15 +206,15 @@ def backward(
     num_rows: Int[Array, " B"],
     num_cols: Int[Array, " B"],
     query: Float[Array, "BN T H"],
-    key: Float[Array, "BK S H"],
-    value: Float[Array, "BK S D"],
+    key: Float[Array, "BK H S"],
+    value: Float[Array, "BK D S"],
     dout: Float[Array, "BN T D"],
     bases: Float[Array, "BN L S"] | None,
     scalings: Float[Array, "BN L S"] | None,
-) -> tuple[Float[Array, "BN T H"], Float[Array, "BN S H"], Float[Array, "BN S D"]]:
+) -> tuple[Float[Array, "BN T H"], Float[Array, "BN H S"], Float[Array, "BN D S"]]:
     """Cotangents of query, key and value in float32, of each query head by itself."""
     heads, t, h = query.shape
-    s, d = value.shape[1:]
+    d, s = value.shape[1:]
     num_iters = problem.options.num_iters
     if bases is None or scalings is None:
         shares_base, history = jnp.ones(heads, jnp.int32), ()
@@ -231,14 +231,14 @@ def backward(
         smem,
         pl.BlockSpec((1, held, h), at_strip()),
         # Once, not twice: fetching them ahead would hide little of a whole head's time.
-        pl.BlockSpec((1, s, h), at_head(groups), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((1, s, d), at_head(groups), pipeline_mode=pl.Buffered(1)),
+        pl.BlockSpec((1, h, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
+        pl.BlockSpec((1, d, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
         pl.BlockSpec((1, held, d), at_strip()),
         *[pl.BlockSpec((1, num_iters, s), at_head()) for _ in history],
     ]
     scratch = [
-        pltpu.VMEM((s, h), jnp.float32),
-        pltpu.VMEM((s, d), jnp.float32),
+        pltpu.VMEM((h, s), jnp.float32),
+        pltpu.VMEM((d, s), jnp.float32),
         pltpu.VMEM((held, s), jnp.float32),
         pltpu.VMEM((blocks.rows, s), jnp.float32),
         pltpu.VMEM((1, s), jnp.float32),
@@ -254,8 +254,8 @@ def backward(
         functools.partial(_backward_kernel, problem=problem, blocks=blocks),
         out_shape=[
             jax.ShapeDtypeStruct((heads, t, h), jnp.float32),
-            jax.ShapeDtypeStruct((heads, s, h), jnp.float32),
-            jax.ShapeDtypeStruct((heads, s, d), jnp.float32),
+            jax.ShapeDtypeStruct((heads, h, s), jnp.float32),
+            jax.ShapeDtypeStruct((heads, d, s), jnp.float32),
         ],
         grid=grid,
         in_specs=in_specs,

@@ -41,8 +41,8 @@ def _forward_kernel(
     problem: Problem,
     blocks: Blocks,
 ):
-    # In SMEM: num_rows, num_cols [B]. query [1, I or T, H], key [1, S, H], value
-    # [1, S, D]; results out [1, I or T, D], error [1, 1, LANES], bases and scalings
+    # In SMEM: num_rows, num_cols [B]. query [1, I or T, H], key [1, H, S], value
+    # [1, D, S]; results out [1, I or T, D], error [1, 1, LANES], bases and scalings
     # [1, L, S]; scratch: kernel [I or T, S], sums, top [1, S], is_stale [1] in SMEM. I
     # rows of a strip while the grid goes through strips, T padded rows otherwise.
     num_iters, has_error = problem.options.num_iters, problem.return_marginal_error
@@ -122,7 +122,7 @@ def _forward_kernel(
         else:
             kernel = jnp.exp(head.logits(i))
         r = reciprocal(row_sums(kernel))
-        out = product(kernel.astype(value_ref.dtype), value_ref[0], (1, 0))
+        out = product(kernel.astype(value_ref.dtype), value_ref[0], (1, 1))
         out_ref[0, head.rows(i), :] = (r * out).astype(out_ref.dtype)
         if has_error:
 
@@ -189,8 +189,8 @@ def forward(
     num_rows: Int[Array, " B"],
     num_cols: Int[Array, " B"],
     query: Float[Array, "BN T H"],
-    key: Float[Array, "BK S H"],
-    value: Float[Array, "BK S D"],
+    key: Float[Array, "BK H S"],
+    value: Float[Array, "BK D S"],
 ) -> tuple[
     Float[Array, "BN T D"],
     Float[Array, " BN"] | None,
@@ -202,7 +202,7 @@ def forward(
     Lengths are padded to those of the blocks; heads are flattened with the batch.
     """
     heads, t, h = query.shape
-    s, d = value.shape[1:]
+    d, s = value.shape[1:]
     num_iters = problem.options.num_iters
     grid, at_head, at_strip = grid_of(blocks, heads, num_iters + 1)
     held = blocks.padded_rows if blocks.is_resident else blocks.rows
@@ -219,8 +219,8 @@ def forward(
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec((1, held, h), at_strip()),
-        pl.BlockSpec((1, s, h), at_head(groups)),
-        pl.BlockSpec((1, s, d), at_head(groups)),
+        pl.BlockSpec((1, h, s), at_head(groups)),
+        pl.BlockSpec((1, d, s), at_head(groups)),
     ]
     results = pl.pallas_call(
         functools.partial(_forward_kernel, problem=problem, blocks=blocks),

@@ -29,7 +29,7 @@ class Head:
     num_rows: Int[Array, ""]
     num_cols: Int[Array, ""]
     query_ref: Ref  # [1, padded rows or rows of a strip, H]
-    key_ref: Ref  # [1, cols, H]
+    key_ref: Ref  # [1, H, cols]: columns on lanes, of which a tile has 128.
     kernel_ref: Ref  # [padded rows or rows of a strip, cols]: the matrix of a pass.
 
     def rows(self, i: Int[Array, ""] | int) -> Any:
@@ -54,7 +54,7 @@ class Head:
     def logits(self, i: Int[Array, ""] | int) -> Float[Array, "I S"]:
         """Less their row maxima, -inf for padding; the same bits in every pass."""
         shape = self.blocks.rows, self.blocks.cols
-        z = product(self.query_ref[0, self.rows(i)], self.key_ref[0], (1, 1))
+        z = product(self.query_ref[0, self.rows(i)], self.key_ref[0], (1, 0))
         row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + i * self.blocks.rows
         col = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         valid = (row < self.num_rows) & (col < self.num_cols)
