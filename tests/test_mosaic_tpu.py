@@ -31,7 +31,8 @@ def in_regime(monkeypatch):
     """Sets the regime, and strips of 16 rows so that there are several."""
 
     def set_regime(regime):
-        def blocks(problem):
+        def blocks(problem, direction):
+            del direction
             return Blocks(
                 rows=16,
                 num_strips=-(-problem.t // 16),
@@ -258,19 +259,21 @@ def test_is_not_taken_unasked():
 @pytest.mark.parametrize("t", [1, 197, 1024, 4096, 30_000])
 @pytest.mark.parametrize("s", [1, 1024, 4096])
 def test_blocks_cover_every_query_and_key(dtype, t, s):
-    blocks = default_blocks(problem(t=t, s=s, dtype=jnp.dtype(dtype)))
-    assert blocks.padded_rows - blocks.rows < t <= blocks.padded_rows
-    assert blocks.cols - 128 < s <= blocks.cols
+    for direction in ("forward", "backward"):
+        blocks = default_blocks(problem(t=t, s=s, dtype=jnp.dtype(dtype)), direction)
+        assert blocks.padded_rows - blocks.rows < t <= blocks.padded_rows
+        assert blocks.cols - 128 < s <= blocks.cols
 
 
 def test_small_kernel_matrices_stay():
     is_resident = {
-        t: default_blocks(problem(t=t, s=t)).is_resident for t in (256, 512, 4096)
+        t: default_blocks(problem(t=t, s=t), "backward").is_resident
+        for t in (256, 512, 4096)
     }
     assert is_resident == {256: True, 512: True, 4096: False}
 
 
 def test_blocks_are_whole_tiles():
-    blocks = default_blocks(problem())
-    with pytest.raises(ValueError, match="rows must be a positive multiple of 16"):
-        dataclasses.replace(blocks, rows=24)
+    blocks = default_blocks(problem(), "forward")
+    with pytest.raises(ValueError, match="rows must be a positive multiple of 8"):
+        dataclasses.replace(blocks, rows=20)

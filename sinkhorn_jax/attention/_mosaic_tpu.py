@@ -10,7 +10,12 @@ up in the same order every time.
 Potentials and sums are in float32. Products of the plan are in the inputs' dtype with
 sums in float32, as in flash attention.
 
-The 16 MiB of a v4 do not hold what gradients of 4096 tokens need in float32.
+Blocks are cut for the VMEM of the TPU at hand, or of the smallest generation where
+there is none. To compile ahead of time for another, trace under its mesh:
+
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("x",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(step).lower(*arrays)  # Arrays sharded over the mesh.
 """
 
 import functools
@@ -23,7 +28,7 @@ from jaxtyping import Array, Float
 
 from .._gradient import Exact
 from ._mosaic_tpu_backward import backward
-from ._mosaic_tpu_blocks import Blocks, default_blocks
+from ._mosaic_tpu_blocks import default_blocks
 from ._mosaic_tpu_forward import forward
 from ._problem import Operands, Problem, vary_alike
 
@@ -33,18 +38,12 @@ def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
-    return attend_in(problem, default_blocks(problem), operands)
-
-
-def attend_in(
-    problem: Problem, blocks: Blocks, operands: Operands
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
-    """`attend` in given blocks."""
     operands = vary_alike(operands)
     num_rows, num_cols = _lengths(problem, operands)
     return _attend(
         problem,
-        blocks,
+        default_blocks(problem, "forward"),
+        default_blocks(problem, "backward"),
         num_rows,
         num_cols,
         operands.query,
@@ -75,12 +74,16 @@ def prefer(problem: Problem, platform: str) -> bool:
     return False
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(problem, blocks, num_rows, num_cols, query, key, value):
-    return _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(problem, blocks, backward_blocks, num_rows, num_cols, query, key, value):
+    args = num_rows, num_cols, query, key, value
+    return _attend_fwd(problem, blocks, backward_blocks, *args)[0]
 
 
-def _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value):
+def _attend_fwd(
+    problem, blocks, backward_blocks, num_rows, num_cols, query, key, value
+):
+    del backward_blocks
     out, error, bases, scalings = _with_more_heads(
         functools.partial(forward, problem, blocks),
         num_rows,
@@ -93,7 +96,8 @@ def _attend_fwd(problem, blocks, num_rows, num_cols, query, key, value):
     return (out, error), (num_rows, num_cols, query, key, value, bases, scalings)
 
 
-def _attend_bwd(problem, blocks, residuals, cotangents):
+def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
+    del forward_blocks
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
     dout, size = _to_unit(dout)

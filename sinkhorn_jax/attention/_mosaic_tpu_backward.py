@@ -16,6 +16,7 @@ are one correction of rank 2 (L - 1). Otherwise the last pass makes every E_k ag
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ._mosaic_tpu_blocks import Blocks, correction_rank, vmem_bytes
+from ._mosaic_tpu_blocks import (
+    LANES,
+    Blocks,
+    correction_rank,
+    strips_in_lanes,
+    vmem_limit,
+)
 from ._mosaic_tpu_forward import grid_of, in_passes
 from ._mosaic_tpu_strips import Head, Ref, col_sums, product, reciprocal, row_sums
 from ._problem import Problem
@@ -45,9 +52,10 @@ def _backward_kernel(
     # [1, H, S], value [1, D, S], dout [1, I or T, D], bases and scalings [1, L, S].
     # Results in float32: dq like query, dk [BN, H, S] and dv [BN, D, S] in HBM, because
     # blocks of results are in VMEM twice. Scratch: dk [H, S], dv [D, S], kernel [I or
-    # T, S], dz [I, S], dcols and sums [1, S], left [T, R] and right [R, S] with R =
-    # 2 (L - 1), rounded up. I rows of a strip while the grid goes through strips, T
-    # padded rows otherwise.
+    # T, S], dz [I, S], dcols and sums [1, S], left [G, R, LANES] and right [R, S]
+    # with R = 2 (L - 1), rounded up, and G as many as all rows take, whole strips in
+    # each. I rows of a strip while the grid goes through strips, T padded rows
+    # otherwise.
     num_iters = problem.options.num_iters
     # What no pass uses is not there.
     refs: list[Ref] = list(rest)
@@ -85,16 +93,24 @@ def _backward_kernel(
     def dplan(i):
         return product(dout_ref[0, head.rows(i), :], value_ref[0], (1, 0))
 
+    def place_in_left(i):
+        # Rows of the correction's left factor are on lanes, where they take no padding.
+        # A product with `place` [I, LANES] moves a strip's rows there, or back.
+        strips = strips_in_lanes(blocks)
+        position = jax.lax.broadcasted_iota(jnp.int32, (blocks.rows, LANES), 0)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (blocks.rows, LANES), 1)
+        group = jax.lax.div(jnp.int32(i), jnp.int32(strips))
+        start = (jnp.int32(i) - group * strips) * blocks.rows
+        return group, (lane == position + start).astype(jnp.float32)
+
     def seed(i):
         @pl.when(i == 0)
         def _():
             sums_ref[...] = jnp.zeros_like(sums_ref)
             if num_iters > 1:
+                left_ref[...] = jnp.zeros_like(left_ref)
                 right_ref[...] = jnp.zeros_like(right_ref)
 
-        if num_iters > 1:
-            empty = jnp.zeros((blocks.rows, left_ref.shape[1]), jnp.float32)
-            left_ref[head.all_rows(i), :] = empty
         kernel = head.kernel(i, base_of(num_iters), False) * scaling_of(num_iters)
         plan = kernel * reciprocal(row_sums(kernel))
         moved = plan * dplan(i)
@@ -120,10 +136,9 @@ def _backward_kernel(
         r = reciprocal(row_sums(kernel * scaling_of(k)))
         w = -r * row_sums(kernel * right_ref[pl.ds(k - 1, 1), :])
         sums_ref[...] += col_sums(kernel * (r * w))
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, left_ref.shape[1]), 1)
-        left = left_ref[head.all_rows(i), :]
-        left = jnp.where(lane == k - 1, r, left)
-        left_ref[head.all_rows(i), :] = jnp.where(lane == half + k - 1, r * w, left)
+        group, place = place_in_left(i)
+        left_ref[group, pl.ds(k - 1, 1), :] += col_sums(place * r)
+        left_ref[group, pl.ds(half + k - 1, 1), :] += col_sums(place * (r * w))
 
     def end_undo(j):
         dcols_ref[...] = -sums_ref[...] * scaling_of(num_iters - j)
@@ -164,10 +179,10 @@ def _backward_kernel(
         dz_ref[...] -= second - (first * r) * row_sums(second)
 
     def add_other_steps(i):
+        group, place = place_in_left(i)
+        left = product(place, left_ref[group], (1, 1))  # [I, R]
         kernel = kernel_ref[head.rows(i), :]
-        dz_ref[...] -= kernel * product(
-            left_ref[head.all_rows(i), :], right_ref[...], (1, 0)
-        )
+        dz_ref[...] -= kernel * product(left, right_ref[...], (1, 0))
 
     def add_other_steps_in_turn(i):
         def add(k, carry):
@@ -234,7 +249,10 @@ def backward(
         pl.BlockSpec((1, h, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
         pl.BlockSpec((1, d, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
         pl.BlockSpec((1, held, d), at_strip()),
-        *[pl.BlockSpec((1, num_iters, s), at_head()) for _ in history],
+        *[
+            pl.BlockSpec((1, num_iters, s), at_head(), pipeline_mode=pl.Buffered(1))
+            for _ in history
+        ],
     ]
     scratch = [
         pltpu.VMEM((h, s), jnp.float32),
@@ -246,8 +264,11 @@ def backward(
     ]
     rank = correction_rank(num_iters)
     if num_iters > 1:
+        strips = strips_in_lanes(blocks)
         scratch += [
-            pltpu.VMEM((t, rank), jnp.float32),
+            pltpu.VMEM(
+                (math.ceil(blocks.num_strips / strips), rank, LANES), jnp.float32
+            ),
             pltpu.VMEM((rank, s), jnp.float32),
         ]
     return pl.pallas_call(
@@ -268,9 +289,7 @@ def backward(
         compiler_params=pltpu.CompilerParams(
             # Heads are independent; passes and strips hand their sums on.
             dimension_semantics=("parallel", "arbitrary", "arbitrary")[: len(grid)],
-            # With room for spills, which the estimate knows little of. A limit above
-            # what a generation has is cut down to that.
-            vmem_limit_bytes=2 * vmem_bytes(problem, blocks, "backward"),
+            vmem_limit_bytes=vmem_limit(problem, blocks, "backward"),
         ),
         cost_estimate=_cost(problem, blocks, heads),
         name="sinkhorn_attention_backward",
@@ -286,13 +305,16 @@ def _cost(problem, blocks, heads):
     # resident regime makes logits again for the first steps.
     logits = passes + (has_steps and blocks.is_resident)
     dims = h * (logits + 2) + d * (2 + has_steps)
-    dims += 2 * max(0, num_iters - 1)
+    # The correction, whose left factor a product puts in place.
+    rank = correction_rank(num_iters)
+    moves = 2 * heads * blocks.padded_rows * LANES * rank
+    dims += rank
     itemsize = problem.dtype.itemsize
     reads = 1 if blocks.is_resident else num_iters + 1
     rows = itemsize * reads * (h + d) + 4 * h
     cols = (itemsize + 4) * (h + d) + 8 * num_iters
     return pl.CostEstimate(
-        flops=2 * entries * dims,
+        flops=2 * entries * dims + moves,
         transcendentals=entries * (passes + 2 * has_steps),
         bytes_accessed=heads * (blocks.padded_rows * rows + blocks.cols * cols),
     )

@@ -2,20 +2,30 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Final, Literal
+
+from jax.experimental.pallas import tpu as pltpu
 
 from ._problem import Problem
 
 LANES: Final = 128
-# Of a 16-bit dtype; a tile of float32 is half as high, and lengths fit both.
-SUBLANES: Final = 16
+# Of a float32 tile. One of a 16-bit dtype is twice as high and may be half full.
+SUBLANES: Final = 8
 
-# Bytes. That of a v4, the smallest of the generations from v4 to v6e.
+# Bytes of a core. That of a v4, the least of the generations from v4 to v6e: JAX's
+# pltpu.get_tpu_info_for_chip has 16 MiB for it, 64 for v5p, 128 for v5e and v6e.
 SMALLEST_VMEM: Final = 2**24
 # A strip of logits, in float32, and what is made of it pass through the registers; the
 # compiler spills the more of them to VMEM the larger they are.
 STRIP_BYTES: Final = 2**18
-STRIPS_AT_ONCE: Final = 12  # Arrays as large as a strip, spills among them, at most.
+MIN_STRIP_ROWS: Final = 32  # Where VMEM has room; fewer leave a matrix unit waiting.
+# Spills as arrays as large as a strip, and bytes for each key beside those. Fitted to
+# what the compiler took, which benchmarks/results/compiled keeps.
+SPILLED_STRIPS: Final = {"forward": 4, "backward": 6}
+SPILLED_BYTES: Final = {"forward": 64, "backward": 192}
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,59 +60,111 @@ class Blocks:
 
 
 def default_blocks(
-    problem: Problem, regime: Literal["resident", "strip"] | None = None
+    problem: Problem,
+    direction: Direction,
+    regime: Literal["resident", "strip"] | None = None,
 ) -> Blocks:
-    """Strips of even length that the smallest VMEM holds beside keys and values.
+    """Strips of even length that VMEM holds beside keys and values.
 
     Args:
         problem: Gives the lengths.
-        regime: None keeps the kernel matrix where it fits the smallest VMEM too.
+        direction: Of which kernel. Both pad the keys alike, and nothing else of the
+            blocks has to agree.
+        regime: None keeps the kernel matrix where it fits.
+
+    Returns:
+        The largest strips that fit, up to what `STRIP_BYTES` says. If none do, the
+        smallest: the compiler then says what it lacks, or has more than is known here.
     """
+    vmem = vmem_capacity()
+    regimes = ("resident", "strip") if regime is None else (regime,)
+    choices = [x for name in regimes for x in _choices(problem, name == "resident")]
+    fitting = (x for x in choices if vmem_bytes(problem, x, direction) <= vmem)
+    return next(fitting, choices[-1])
+
+
+def _choices(problem: Problem, is_resident: bool) -> Iterator[Blocks]:
+    """From the largest strips down to a single tile."""
     cols = round_up(problem.s, LANES)
-    most = max(SUBLANES, STRIP_BYTES // (4 * cols) // SUBLANES * SUBLANES)
-    num_strips = math.ceil(problem.t / most)
-    # Evenly cut, so that the last strip is not mostly padding.
-    rows = round_up(math.ceil(problem.t / num_strips), SUBLANES)
-    num_strips = math.ceil(problem.t / rows)
-
-    def blocks(is_resident):
-        return Blocks(
-            rows=rows, num_strips=num_strips, cols=cols, is_resident=is_resident
+    # More than LANES rows would be more than a row of the correction's left factor.
+    most = min(LANES, max(MIN_STRIP_ROWS, STRIP_BYTES // (4 * cols)))
+    while True:
+        num_strips = math.ceil(problem.t / most)
+        # Evenly cut, so that the last strip is not mostly padding.
+        rows = round_up(math.ceil(problem.t / num_strips), SUBLANES)
+        yield Blocks(
+            rows=rows,
+            num_strips=math.ceil(problem.t / rows),
+            cols=cols,
+            is_resident=is_resident,
         )
-
-    if regime is None:
-        fits = vmem_bytes(problem, blocks(True), "backward") <= SMALLEST_VMEM
-        regime = "resident" if fits else "strip"
-    return blocks(regime == "resident")
+        if rows == SUBLANES:
+            return
+        most = max(SUBLANES, rows // 2)
 
 
-def vmem_bytes(
-    problem: Problem, blocks: Blocks, direction: Literal["forward", "backward"]
-) -> int:
-    """The most that a kernel needs of VMEM."""
+def vmem_capacity() -> int:
+    """Bytes of a core of the TPU that is traced for.
+
+    That is the device of `jax.sharding.use_abstract_mesh`, which ahead-of-time
+    compilation for a TPU that is not there can set, or else JAX's default device. If it
+    is no TPU, the smallest of all generations, so that a program fits each.
+    """
+    if not pltpu.is_tpu_device():
+        return SMALLEST_VMEM
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
+    """The most that a kernel needs of VMEM, within a few per cent where that is large.
+
+    A last axis is padded to whole `LANES` and the one before it to whole tiles.
+    """
     num_iters, h, d = problem.options.num_iters, problem.head_dim, problem.value_dim
-    h, d = round_up(h, LANES), round_up(d, LANES)
-    strip = 4 * blocks.rows * blocks.cols
+    rank, cols, itemsize = (
+        correction_rank(num_iters),
+        blocks.cols,
+        problem.dtype.itemsize,
+    )
     held = blocks.padded_rows if blocks.is_resident else blocks.rows
-    # Operands and results are there twice: one in use, one on its way.
-    twice = problem.dtype.itemsize * held * (h + d)
-    twice += 8 * round_up(num_iters, 8) * blocks.cols
-    once = 4 * held * blocks.cols + STRIPS_AT_ONCE * strip + 128 * blocks.cols
-    keys_and_values = problem.dtype.itemsize * blocks.cols * (h + d)
+    tile = 4 * SUBLANES // itemsize  # Rows of it.
+    keys_and_values = itemsize * cols * (round_up(h, tile) + round_up(d, tile))
+    h_lanes, d_lanes = round_up(h, LANES), round_up(d, LANES)
+    rows = itemsize * round_up(held, tile) * (h_lanes + d_lanes)
+    history = 2 * 4 * cols * round_up(num_iters, SUBLANES)
+    strip = 4 * blocks.rows * cols
+    vectors = 2 * 4 * SUBLANES * cols
+    once = 4 * held * cols + vectors
+    once += SPILLED_STRIPS[direction] * strip + SPILLED_BYTES[direction] * cols
+    # Operands and results are there twice, one in use and one on its way, but for those
+    # that the backward kernel keeps once.
     if direction == "forward":
-        twice += keys_and_values
-    else:
-        rank = correction_rank(num_iters)
-        twice += 4 * held * h
-        once += keys_and_values + 4 * blocks.cols * (h + d) + strip
-        once += 4 * blocks.padded_rows * round_up(rank, LANES) * (rank > 0)
-        once += 4 * rank * blocks.cols
-    return 2 * twice + once
+        return once + 2 * (rows + keys_and_values + history)
+    once += keys_and_values + history + strip
+    once += 4 * cols * (round_up(h, SUBLANES) + round_up(d, SUBLANES) + rank)
+    if rank:
+        once += (
+            4 * rank * LANES * math.ceil(blocks.num_strips / strips_in_lanes(blocks))
+        )
+    return once + 2 * (rows + 4 * held * h_lanes)
+
+
+def vmem_limit(problem: Problem, blocks: Blocks, direction: Direction) -> int:
+    """What the compiler may take: the estimate and a quarter for where that is low.
+
+    A limit above what a generation has is cut down to that.
+    """
+    return vmem_bytes(problem, blocks, direction) * 5 // 4
 
 
 def correction_rank(num_iters: int) -> int:
     """Of the correction that the backward kernel keeps the factors of, padded."""
     return round_up(2 * max(0, num_iters - 1), SUBLANES)
+
+
+def strips_in_lanes(blocks: Blocks) -> int:
+    """Strips whose rows go side by side into one row of lanes."""
+    return LANES // blocks.rows
 
 
 def round_up(x: int, multiple: int) -> int:

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ._mosaic_tpu_blocks import LANES, Blocks, vmem_bytes
+from ._mosaic_tpu_blocks import LANES, Blocks, vmem_limit
 from ._mosaic_tpu_strips import Head, Ref, col_sums, product, reciprocal, row_sums
 from ._problem import Problem
 
@@ -237,9 +237,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             # Heads are independent; passes and strips hand their sums on.
             dimension_semantics=("parallel", "arbitrary", "arbitrary")[: len(grid)],
-            # With room for spills, which the estimate knows little of. A limit above
-            # what a generation has is cut down to that.
-            vmem_limit_bytes=2 * vmem_bytes(problem, blocks, "forward"),
+            vmem_limit_bytes=vmem_limit(problem, blocks, "forward"),
         ),
         cost_estimate=_cost(problem, blocks, heads),
         name="sinkhorn_attention_forward",

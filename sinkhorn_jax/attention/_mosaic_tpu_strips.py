@@ -53,13 +53,15 @@ class Head:
 
     def logits(self, i: Int[Array, ""] | int) -> Float[Array, "I S"]:
         """Less their row maxima, -inf for padding; the same bits in every pass."""
-        shape = self.blocks.rows, self.blocks.cols
-        z = product(self.query_ref[0, self.rows(i)], self.key_ref[0], (1, 0))
-        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + i * self.blocks.rows
-        col = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        valid = (row < self.num_rows) & (col < self.num_cols)
-        z = jnp.where(valid, z * jnp.float32(self.problem.scale), -jnp.inf)
-        return z - _row_maxima(z)
+        query = self.query_ref[0, self.rows(i)]
+        row = jax.lax.broadcasted_iota(jnp.int32, (self.blocks.rows, 1), 0)
+        is_valid = row + i * self.blocks.rows < self.num_rows
+        # Whole rows of padding go by their maximum, which costs nothing an entry; what
+        # they hold must be finite for that. Selected in float32, as the mask is.
+        query = jnp.where(is_valid, query.astype(jnp.float32), 0.0).astype(query.dtype)
+        z = product(query, self.key_ref[0], (1, 0)) * jnp.float32(self.problem.scale)
+        z = jnp.where(self.valid_cols(), z, -jnp.inf)
+        return z - jnp.where(is_valid, _row_maxima(z), jnp.inf)
 
     def kernel(
         self,
