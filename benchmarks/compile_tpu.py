@@ -49,10 +49,7 @@ ENVIRONMENT: Final = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 FLASH_BLOCK: Final = 512
-KERNELS: Final = {
-    "forward": ("sinkhorn_attention_forward",),
-    "forward_backward": ("sinkhorn_attention_forward", "sinkhorn_attention_backward"),
-}
+KERNELS: Final = ("sinkhorn_attention_forward", "sinkhorn_attention_backward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +139,7 @@ def compile_row(
         arrays = _arrays(case, sharding=sharding)
         executable = jax.jit(fn).lower(*arrays).compile()
         blocks = _blocks(case, mode) if program == _compiled.OURS else ()
-        work = _count(fn, case, mode)
+        work = _count(fn, case)
     return _compiled.Row(
         program=program,
         generation=generation,
@@ -199,14 +196,12 @@ def _blocks(case, mode):
     return tuple(found)
 
 
-def _count(fn, case, mode):
+def _count(fn, case):
     """Of all heads, which do the same: counted for one."""
     one = dataclasses.replace(case, heads=1)
     # Valid rows and columns; and the base of the backward kernel did not move.
     smem = [case.tokens, case.tokens, 1]
-    counted = _work.count(
-        fn, *_arrays(one), smem=dict.fromkeys(KERNELS["forward_backward"], smem)
-    )
+    counted = _work.count(fn, *_arrays(one), smem=dict.fromkeys(KERNELS, smem))
     return tuple(
         _compiled.Work(
             name=work.name or _compiled.SOFTMAX,

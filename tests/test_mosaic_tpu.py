@@ -199,6 +199,40 @@ def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
     assert_close(got, expected, RTOL["float32"])
 
 
+@pytest.mark.parametrize("num_iters", [0, 2])
+def test_shard_map_lowers_with_its_checks_of_what_varies(num_iters):
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = jax.sharding.PartitionSpec("b")
+    sharded = jax.shard_map(
+        functools.partial(
+            sinkhorn_attention, num_iters=num_iters, implementation="mosaic_tpu"
+        ),
+        mesh=mesh,
+        in_specs=batch,
+        out_specs=batch,
+    )
+    *arrays, cotangent = operands(20, 7, b=1)
+
+    def pull_back(*arrays):
+        return jax.vjp(sharded, *arrays)[1](cotangent)
+
+    program = jax.jit(pull_back).trace(*arrays).lower(lowering_platforms=("tpu",))
+    assert program.as_text().count("@tpu_custom_call") == 2
+
+
+def test_shard_map(in_regime, interpreted):
+    in_regime("strip")
+    arrays = operands(20, 7, b=1)
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = jax.sharding.PartitionSpec("b")
+    sharded = jax.shard_map(
+        step(num_iters=1), mesh=mesh, in_specs=batch, out_specs=batch
+    )
+    got = interpreted(jax.jit(sharded), *arrays)
+    exact = [x.astype("float64") for x in arrays]
+    assert_close(got, step("reference", num_iters=1)(*exact), RTOL["float32"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [197, 256, 1024, 4096])
 @regimes

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
+from .._batch import varying_like
 from .._gradient import Exact
 from ._mosaic_tpu_backward import backward
 from ._mosaic_tpu_blocks import default_blocks
@@ -39,7 +40,8 @@ def attend(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
     operands = vary_alike(operands)
-    num_rows, num_cols = _lengths(problem, operands)
+    lengths = _lengths(problem, operands)
+    num_rows, num_cols = varying_like(lengths, operands.query)
     return _attend(
         problem,
         default_blocks(problem, "forward"),
@@ -100,7 +102,7 @@ def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
     del forward_blocks
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = _to_unit(dout)
+    dout, size = _to_unit(varying_like(dout, query))
     dq, dk, dv = _with_more_heads(
         functools.partial(backward, problem, blocks),
         num_rows,

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from .._batch import varying_like
 from ._mosaic_tpu_blocks import (
     LANES,
     Blocks,
@@ -32,7 +33,15 @@ from ._mosaic_tpu_blocks import (
     vmem_limit,
 )
 from ._mosaic_tpu_forward import grid_of, in_passes
-from ._mosaic_tpu_strips import Head, Ref, col_sums, product, reciprocal, row_sums
+from ._mosaic_tpu_strips import (
+    Head,
+    Ref,
+    col_sums,
+    product,
+    reciprocal,
+    result,
+    row_sums,
+)
 from ._problem import Problem
 
 
@@ -232,7 +241,8 @@ def backward(
     d, s = value.shape[1:]
     num_iters = problem.options.num_iters
     if bases is None or scalings is None:
-        shares_base, history = jnp.ones(heads, jnp.int32), ()
+        shares_base = varying_like(jnp.ones(heads, jnp.int32), query)
+        history = ()
     else:
         shares_base = (bases == bases[:, -1:]).all(axis=(1, 2)).astype(jnp.int32)
         history = bases, scalings
@@ -274,9 +284,9 @@ def backward(
     return pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem, blocks=blocks),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, t, h), jnp.float32),
-            jax.ShapeDtypeStruct((heads, h, s), jnp.float32),
-            jax.ShapeDtypeStruct((heads, d, s), jnp.float32),
+            result(query, (heads, t, h), jnp.float32),
+            result(query, (heads, h, s), jnp.float32),
+            result(query, (heads, d, s), jnp.float32),
         ],
         grid=grid,
         in_specs=in_specs,
@@ -310,7 +320,7 @@ def _cost(problem, blocks, heads):
     moves = 2 * heads * blocks.padded_rows * LANES * rank
     dims += rank
     itemsize = problem.dtype.itemsize
-    reads = 1 if blocks.is_resident else num_iters + 1
+    reads = num_iters + 1 if blocks.moves_strips else 1
     rows = itemsize * reads * (h + d) + 4 * h
     cols = (itemsize + 4) * (h + d) + 8 * num_iters
     return pl.CostEstimate(

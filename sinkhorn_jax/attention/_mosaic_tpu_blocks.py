@@ -58,6 +58,11 @@ class Blocks:
         """Queries, padded."""
         return self.rows * self.num_strips
 
+    @property
+    def moves_strips(self) -> bool:
+        """Whether each pass fetches the rows of its operands anew."""
+        return not self.is_resident and self.num_strips > 1
+
 
 def default_blocks(
     problem: Problem,

@@ -23,7 +23,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from ._mosaic_tpu_blocks import LANES, Blocks, vmem_limit
-from ._mosaic_tpu_strips import Head, Ref, col_sums, product, reciprocal, row_sums
+from ._mosaic_tpu_strips import (
+    Head,
+    Ref,
+    col_sums,
+    product,
+    reciprocal,
+    result,
+    row_sums,
+)
 from ._problem import Problem
 
 # A natural logarithm. Entries below the least float32, exp(-87), are lost from E. With
@@ -206,13 +214,13 @@ def forward(
     num_iters = problem.options.num_iters
     grid, at_head, at_strip = grid_of(blocks, heads, num_iters + 1)
     held = blocks.padded_rows if blocks.is_resident else blocks.rows
-    out_shape = [jax.ShapeDtypeStruct((heads, t, d), problem.dtype)]
+    out_shape = [result(query, (heads, t, d), problem.dtype)]
     out_specs = [pl.BlockSpec((1, held, d), at_strip(last=num_iters))]
     if problem.return_marginal_error:
-        out_shape.append(jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32))
+        out_shape.append(result(query, (heads, 1, LANES), jnp.float32))
         out_specs.append(pl.BlockSpec((1, 1, LANES), at_head()))
     for _ in range(2 if num_iters else 0):
-        out_shape.append(jax.ShapeDtypeStruct((heads, num_iters, s), jnp.float32))
+        out_shape.append(result(query, (heads, num_iters, s), jnp.float32))
         out_specs.append(pl.BlockSpec((1, num_iters, s), at_head()))
     groups = problem.num_heads // problem.num_key_heads
     in_specs = [
@@ -280,7 +288,7 @@ def _cost(problem, blocks, heads):
         products, exps = num_iters + 1, num_iters + 1 + (num_iters > 0)
     dims = products * problem.head_dim + problem.value_dim
     itemsize = problem.dtype.itemsize
-    query_reads = 1 if blocks.is_resident else num_iters + 1
+    query_reads = num_iters + 1 if blocks.moves_strips else 1
     rows = query_reads * problem.head_dim + problem.value_dim
     cols = itemsize * (problem.head_dim + problem.value_dim) + 8 * num_iters
     return pl.CostEstimate(

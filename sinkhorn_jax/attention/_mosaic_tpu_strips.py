@@ -105,6 +105,17 @@ def product(
     )
 
 
+def result(
+    operand: Array, shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.ShapeDtypeStruct:
+    """Of a kernel, varying over the axes of a `jax.shard_map` as an operand does."""
+
+    def make(x):
+        return jnp.broadcast_to(jnp.ravel(x)[0].astype(dtype), shape)
+
+    return jax.eval_shape(make, operand)
+
+
 def row_sums(x: Float[Array, "I S"]) -> Float[Array, "I 1"]:
     """On the vector unit: a matrix product would round what it sums."""
     return jnp.sum(x, axis=1, keepdims=True)
