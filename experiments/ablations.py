@@ -18,11 +18,10 @@ https://arxiv.org/abs/2604.07925.
 """
 
 import dataclasses
+import functools
 import itertools
-import json
 import math
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import ablations_figure, answer, record
+from . import ablations_figure, answer
 from .ablations_figure import PLACES
+from .cells import Cells
 from .findings import Finding, Interval, difference, interval, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR, NORMS
 from .models import LayerNorm
@@ -108,56 +108,27 @@ def run(config: Config) -> dict[str, Any]:
         encoder(case, config, config.vocab_size)  # Bad options fail before the work.
     print("Reading and splitting the IMDb reviews.", file=sys.stderr)
     dataset = config.reviews()
-    folder = config.output / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
+    cells = Cells(config.output, config.setting())
     runs = []
     with tqdm(total=len(all_cases) * config.num_steps, unit="step") as progress:
         for case in all_cases:
-            path = folder / f"{_name(case)}.json"
-            if (cell := _read(path, config)) is None:
-                progress.set_description(_name(case))
-                cell = _run_case(case, config, dataset, progress.update)
-                record.write_json(path, cell)
-            else:
-                progress.update(config.num_steps)
-            runs.append(cell["run"])
+            progress.set_description(case.name)
+            train = functools.partial(
+                train_and_measure, case, config, dataset, progress.update
+            )
+            runs.append(cells.get(case.name, train))
+            progress.n = len(runs) * config.num_steps  # Also of one that was there.
+    total = sum(run["wall_time_s"] for run in runs)
     result = {
         "definitions": DEFINITIONS,
         "data": {"max_entropy": config.max_entropy(dataset)},
         "runs": runs,
-        "runs_wall_time_s": round(sum(run["wall_time_s"] for run in runs), 1),
+        "runs_wall_time_s": round(total, 1),
     }
     result["findings"] = findings(result)
     written = answer.write("ablations", config, result, ablations_figure.draw, start)
-    shutil.rmtree(folder)  # All of it is in the one file now.
+    cells.clear()
     return written
-
-
-def _name(case):
-    skip = "skip" if case.has_skip else "no_skip"
-    mlp = "mlp" if case.has_mlp else "no_mlp"
-    return f"{skip}-{mlp}-{case.layer_norm}-{case.num_iters}"
-
-
-def _setting(config):
-    """What a cell's result depends on, beside its case."""
-    names = (field.name for field in dataclasses.fields(Setting))
-    return json.loads(json.dumps({name: getattr(config, name) for name in names}))
-
-
-def _read(path, config):
-    if not path.exists():
-        return None
-    cell = json.loads(path.read_text())
-    return cell if cell["setting"] == _setting(config) else None
-
-
-def _run_case(case, config, dataset, on_step):
-    start = time.monotonic()
-    run = train_and_measure(case, config, dataset, on_step)
-    run["commit"] = record.environment()["commit"]
-    run["wall_time_s"] = round(time.monotonic() - start, 1)
-    return {"setting": _setting(config), "run": run}
 
 
 def findings(result: dict[str, Any]) -> list[Finding]:

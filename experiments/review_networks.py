@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class Setting:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
 
+    def setting(self) -> dict[str, Any]:
+        """These options alone, without those that a comparison adds."""
+        names = (field.name for field in dataclasses.fields(Setting))
+        return {name: getattr(self, name) for name in names}
+
     def reviews(self) -> Data:
         """The reviews, split.
 
@@ -75,6 +81,13 @@ class Case:
     has_skip: bool
     has_mlp: bool
     layer_norm: LayerNorm
+
+    @property
+    def name(self) -> str:
+        """One word for all of it."""
+        skip = "skip" if self.has_skip else "no_skip"
+        mlp = "mlp" if self.has_mlp else "no_mlp"
+        return f"{skip}-{mlp}-{self.layer_norm}-{self.num_iters}"
 
     @property
     def normaliser(self) -> str:
@@ -115,7 +128,7 @@ def encoder(case: Case, setting: Setting, vocab_size: int) -> Encoder:
 
 def train_and_measure(
     case: Case, setting: Setting, dataset: Data, on_step: Callable[[], object]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All seeds of a case: measures before and after training, losses, accuracies.
 
     Raises:
