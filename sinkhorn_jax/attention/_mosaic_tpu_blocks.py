@@ -121,7 +121,7 @@ def vmem_capacity() -> int:
 
 
 def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
-    """The most that a kernel needs of VMEM, within a few per cent where that is large.
+    """What a kernel needs of VMEM at most, but for some 100 kB of a small one.
 
     A last axis is padded to whole `LANES` and the one before it to whole tiles.
     """
@@ -155,11 +155,11 @@ def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
 
 
 def vmem_limit(problem: Problem, blocks: Blocks, direction: Direction) -> int:
-    """What the compiler may take: the estimate and a quarter for where that is low.
+    """What the compiler may take: the estimate, with a quarter and 1 MiB to spare.
 
     A limit above what a generation has is cut down to that.
     """
-    return vmem_bytes(problem, blocks, direction) * 5 // 4
+    return vmem_bytes(problem, blocks, direction) * 5 // 4 + 2**20
 
 
 def correction_rank(num_iters: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ._mosaic_tpu_blocks import SUBLANES, Blocks
@@ -106,7 +107,7 @@ def product(
 
 
 def result(
-    operand: Array, shape: tuple[int, ...], dtype: jnp.dtype
+    operand: Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
     """Of a kernel, varying over the axes of a `jax.shard_map` as an operand does."""
 
