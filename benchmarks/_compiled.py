@@ -131,6 +131,11 @@ def write(rows: Sequence[Row], folder: Path = FOLDER) -> None:
         (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
+def write_page(folder: Path = FOLDER) -> None:
+    """The page of all files there."""
+    (folder / PAGE).write_text(page(read(folder)), encoding="utf-8")
+
+
 def page(rows: Sequence[Row]) -> str:
     """Markdown."""
     one = rows[-1]

@@ -52,8 +52,9 @@ def test_both_regimes_were_compiled(generation):
 def test_kernels_took_no_more_vmem_than_estimated():
     for row in ROWS:
         capacity = _chips.CHIPS[row.generation].info.vmem_capacity_bytes
-        assert all(0 < x.vmem_bytes <= capacity for x in row.kernels), row.key
+        assert all(x.vmem_bytes <= capacity for x in row.kernels), row.key
         if row.program == _compiled.OURS:
+            assert all(x.vmem_bytes > 0 for x in row.kernels)
             assert len(row.kernels) == len(row.blocks) == len(row.work)
             for kernel, blocks in zip(row.kernels, row.blocks, strict=True):
                 # Small kernels get some 100 kB that do not depend on their size.

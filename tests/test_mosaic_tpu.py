@@ -214,7 +214,8 @@ def test_shard_map_lowers_with_its_checks_of_what_varies(num_iters):
     *arrays, cotangent = operands(20, 7, b=1)
 
     def pull_back(*arrays):
-        return jax.vjp(sharded, *arrays)[1](cotangent)
+        out, pull_back = jax.vjp(sharded, *arrays)
+        return out, pull_back(cotangent)
 
     program = jax.jit(pull_back).trace(*arrays).lower(lowering_platforms=("tpu",))
     assert program.as_text().count("@tpu_custom_call") == 2
