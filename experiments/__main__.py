@@ -14,6 +14,7 @@ from . import (
     convergence,
     doubly_exponential,
     entropy,
+    iterations,
     paths,
     plot,
     rank_decay,
@@ -33,6 +34,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "convergence": convergence,
     "paths": paths,
     "entropy": entropy,
+    "iterations": iterations,
     "report": report,
 }
 

@@ -36,7 +36,10 @@ DEFINITIONS = {
     ),
     "column_defect": (
         "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
-        "heads and measured examples; [seed][layer]. Rows sum to 1."
+        "heads and measured examples; [seed][layer]."
+    ),
+    "row_defect": (
+        "The same of the rows: rounding, unless the last half step is of the columns."
     ),
     "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
 }
@@ -46,15 +49,17 @@ def measure(
     model: Encoder, params: Params, examples: Examples, *, has_skip: bool
 ) -> dict[str, list[list[float]]]:
     """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
-    residual, entropy, defect, embedding = jax.device_get(
+    residual, entropy, column, row, embedding = jax.device_get(
         _observe(model, has_skip, params, examples.inputs, examples.lengths)
     )
     result = {
         "relative_residual": np.median(residual, axis=2).tolist(),
         "attention_entropy": entropy.tolist(),
-        "column_defect": defect.tolist(),
+        "column_defect": column.tolist(),
+        "row_defect": row.tolist(),
     }
-    if not has_skip and not model.has_mlp and model.layer_norm == "none":
+    is_pure = not has_skip and not model.has_mlp and model.layer_norm == "none"
+    if is_pure and (model.finish, model.logit_scale) == ("rows", 1.0):
         logs = _recursion(model, params, embedding, examples.lengths)
         result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
     return result
@@ -71,6 +76,7 @@ def _observe(model, has_skip, params, inputs, lengths):
             collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
             collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
             column_defect(plans, rows).mean(axis=(1, 2)),
+            column_defect(plans.swapaxes(-1, -2), rows).mean(axis=(1, 2)),
             hidden_states[0],
         )
 
