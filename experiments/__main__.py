@@ -19,6 +19,7 @@ from . import (
     plot,
     rank_decay,
     report,
+    swap,
     train,
 )
 
@@ -35,6 +36,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "paths": paths,
     "entropy": entropy,
     "iterations": iterations,
+    "swap": swap,
     "report": report,
 }
 
