@@ -20,6 +20,7 @@ from . import (
     rank_decay,
     report,
     swap,
+    temperature,
     train,
 )
 
@@ -37,6 +38,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "entropy": entropy,
     "iterations": iterations,
     "swap": swap,
+    "temperature": temperature,
     "report": report,
 }
 
