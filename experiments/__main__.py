@@ -15,6 +15,7 @@ from . import (
     doubly_exponential,
     entropy,
     iterations,
+    length,
     paths,
     plot,
     rank_decay,
@@ -39,6 +40,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "iterations": iterations,
     "swap": swap,
     "temperature": temperature,
+    "length": length,
     "report": report,
 }
 

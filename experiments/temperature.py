@@ -137,7 +137,8 @@ def findings(result: dict[str, Any]) -> list[Finding]:
             name = _name(factor)
             found.append(
                 by_seed(
-                    f"softmax with {name} of the logits preserves rank better than with all",
+                    f"softmax with {name} of the logits preserves rank better than "
+                    "with all",
                     what,
                     last_residual(row),
                     last_residual(plain),
