@@ -28,6 +28,7 @@ from . import (
     paths,
     rank_decay,
     report_page,
+    swap,
 )
 
 RESULTS = pathlib.Path("experiments") / "results"
@@ -67,6 +68,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "paths": _plain(paths),
     "entropy": _plain(entropy),
     "convergence": _plain(convergence),
+    "swap": _plain(swap),
     "compare": Experiment(
         compare,
         tuple(compare.PRESETS[name] for name in ("digits", "fashion_mnist", "imdb")),

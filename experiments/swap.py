@@ -8,8 +8,14 @@ them: relative residual of the last layer, entropy of the attention, test accura
 gain of Sinkhorn is the sum of two parts: that of its weights, both evaluated with
 softmax, and that of its plan on them.
 
-Takes 3 minutes of one CPU core, with --quick one. The question is not asked in
-Lapenna et al. 2026, https://arxiv.org/abs/2604.07925, whose claim it takes apart.
+Takes 3 minutes of one CPU core, with --quick half a minute. As measured:
+
+* Of the gain of 10 iterations, 0.20 of the residual, the weights alone make 0.15.
+* The swap alone makes nothing, and takes softmax's weights from an accuracy of 0.94 to
+  0.31; that to softmax takes Sinkhorn's from 0.93 to 0.84.
+
+The question is not asked in Lapenna et al. 2026, https://arxiv.org/abs/2604.07925,
+whose claim it takes apart.
 """
 
 import dataclasses
