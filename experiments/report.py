@@ -25,6 +25,7 @@ from . import (
     convergence,
     doubly_exponential,
     entropy,
+    iterations,
     paths,
     rank_decay,
     report_page,
@@ -68,6 +69,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "paths": _plain(paths),
     "entropy": _plain(entropy),
     "convergence": _plain(convergence),
+    "iterations": _plain(iterations),
     "swap": _plain(swap),
     "compare": Experiment(
         compare,
