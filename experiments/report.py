@@ -30,6 +30,7 @@ from . import (
     rank_decay,
     report_page,
     swap,
+    temperature,
 )
 
 RESULTS = pathlib.Path("experiments") / "results"
@@ -71,6 +72,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "convergence": _plain(convergence),
     "iterations": _plain(iterations),
     "swap": _plain(swap),
+    "temperature": _plain(temperature),
     "compare": Experiment(
         compare,
         tuple(compare.PRESETS[name] for name in ("digits", "fashion_mnist", "imdb")),
