@@ -7,7 +7,7 @@ writes one HTML page that needs no other file: for every experiment what it asks
 findings with intervals and verdicts, figure, configuration, versions and commit. What
 was interrupted is run again by the same command, and what had ended is not.
 
-Reading what is committed takes a second. From nothing it takes 2.5 hours on 2 CPU
+Reading what is committed takes a second. From nothing it takes 3 hours on 2 CPU
 cores, most of it the training of `compare`; with --quick, small numbers throughout,
 some minutes.
 """
