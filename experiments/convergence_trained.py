@@ -18,6 +18,7 @@ class Logits(NamedTuple):
 
     source: str  # What networks these are.
     learning_rate: float | None  # None before training.
+    train_loss: list[float] | None  # Of each seed, mean of the last tenth of updates.
     logits: Float[np.ndarray, "S M T T"]
 
 
@@ -62,10 +63,10 @@ def networks(config: Any, on_step: Callable[[], object]) -> Iterator[Logits]:
     )
     initial = ensemble.init(model, config.seeds, longest)
     for rate in (None, *config.learning_rates):
-        params, source = initial, "before training"
+        params, source, train_loss = initial, "before training", None
         if rate is not None:
             source = f"trained at rate {rate:g}"
-            params, _ = ensemble.train(
+            params, losses = ensemble.train(
                 model,
                 initial,
                 dataset.train,
@@ -76,10 +77,11 @@ def networks(config: Any, on_step: Callable[[], object]) -> Iterator[Logits]:
                 learning_rate=rate,
                 on_step=on_step,
             )
+            last = losses[:, -max(1, config.num_steps // 10) :]
+            train_loss = last.mean(axis=1).tolist()
         for num_tokens in config.trained_tokens:
-            yield Logits(
-                source, rate, attention_logits(model, params, words, num_tokens)
-            )
+            logits = attention_logits(model, params, words, num_tokens)
+            yield Logits(source, rate, train_loss, logits)
 
 
 def attention_logits(
