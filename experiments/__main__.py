@@ -9,6 +9,7 @@ import jax
 import tyro
 
 from . import (
+    ablations,
     bounds,
     compare,
     convergence,
@@ -28,6 +29,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "compare": compare,
     "plot": plot,
     "rank_decay": rank_decay,
+    "ablations": ablations,
     "doubly_exponential": doubly_exponential,
     "bounds": bounds,
     "convergence": convergence,

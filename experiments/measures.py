@@ -1,6 +1,7 @@
 """Rank and entropy collapse of a stack of encoders, layer by layer."""
 
 import functools
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from .models import Encoder
 # a layer has several.
 FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
 
+# Those of `collapse.relative_residual`, the first the one that is always measured.
+NORMS: Final = ("fro", "spectral", "1inf")
+
 
 # What `measure` returns, for the JSON of a result.
 DEFINITIONS = {
@@ -26,9 +30,16 @@ DEFINITIONS = {
         "without padding; median over the measured examples; [seed][layer], 0 the "
         "embedding. Computed in float32: what is below 5e-7 is rounding."
     ),
+    "relative_residual_spectral": (
+        "The same in the spectral norm, the largest singular value."
+    ),
+    "relative_residual_1inf": (
+        "The same in the norm sqrt(|X|_1 |X|_inf) of the largest absolute column and "
+        "row sums, that of Dong et al. 2021."
+    ),
     "log10_relative_residual": (
-        "The same as decimal logarithms, from the log-scaled recursion in float64 on "
-        "the network's own weights; for pure attention only."
+        "relative_residual as decimal logarithms, from the log-scaled recursion in "
+        "float64 on the network's own weights; for pure attention only."
     ),
     "attention_entropy": (
         "Nats; mean over rows, heads and measured examples; [seed][layer]. At most "
@@ -43,14 +54,32 @@ DEFINITIONS = {
 
 
 def measure(
-    model: Encoder, params: Params, examples: Examples, *, has_skip: bool
+    model: Encoder,
+    params: Params,
+    examples: Examples,
+    *,
+    has_skip: bool,
+    norms: tuple[collapse.Norm, ...] = NORMS[:1],
 ) -> dict[str, list[list[float]]]:
-    """The measures of `DEFINITIONS` layer by layer, for every seed of `params`."""
-    residual, entropy, defect, embedding = jax.device_get(
-        _observe(model, has_skip, params, examples.inputs, examples.lengths)
+    """The measures of `DEFINITIONS` layer by layer, for every seed of `params`.
+
+    Args:
+        model: The encoder.
+        params: Of every seed.
+        examples: On which it is measured.
+        has_skip: Handed to the model.
+        norms: Of the relative residual.
+    """
+    residuals, entropy, defect, embedding = jax.device_get(
+        _observe(model, norms, has_skip, params, examples.inputs, examples.lengths)
     )
     result = {
-        "relative_residual": np.median(residual, axis=2).tolist(),
+        **{
+            "relative_residual" + ("" if norm == "fro" else f"_{norm}"): np.median(
+                residual, axis=2
+            ).tolist()
+            for norm, residual in residuals.items()
+        },
         "attention_entropy": entropy.tolist(),
         "column_defect": defect.tolist(),
     }
@@ -60,15 +89,18 @@ def measure(
     return result
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _observe(model, has_skip, params, inputs, lengths):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _observe(model, norms, has_skip, params, inputs, lengths):
     def observe(params):
         _, (hidden_states, plans, where) = model.apply(
             {"params": params}, inputs, lengths, has_skip=has_skip, with_plans=True
         )
         rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
         return (
-            collapse.residual_over_depth(hidden_states, where=where),  # [L + 1, B]
+            {
+                norm: collapse.residual_over_depth(hidden_states, norm, where)
+                for norm in norms
+            },  # Each [L + 1, B].
             collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
             column_defect(plans, rows).mean(axis=(1, 2)),
             hidden_states[0],

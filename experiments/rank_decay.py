@@ -8,7 +8,8 @@ initialisation and after a short training run. Tests the claim of Lapenna et al.
 Sinkhorn preserves rank better than softmax in trained networks and that pure attention
 decays doubly exponentially under both. All hyperparameters are this module's own.
 
-Takes 5 minutes on 2 CPU cores, with --quick 35 seconds. As measured, after 6 layers:
+Takes 5 minutes on 2 CPU cores, with --quick 35 seconds; when it was interrupted, it
+goes on with the network in progress. As measured, after 6 layers:
 
 * Skip connections decide. With them 0.08 to 0.15 of the residual is left after
   training; without, rounding of float32 by layer 5, under both normalisers.
@@ -34,53 +35,34 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from . import ensemble, rank_decay_figure, record
-from .data import imdb
+from . import rank_decay_figure, record
+from .cells import Cells
 from .findings import Finding, difference, interval, verdict
-from .measures import DEFINITIONS, FLOAT32_FLOOR, measure
-from .models import Encoder, LayerNorm, num_parameters
+from .measures import DEFINITIONS, FLOAT32_FLOOR
+from .models import LayerNorm
+from .review_networks import (
+    Case,
+    Setting,
+    encoder,
+    log10_residual,
+    train_and_measure,
+)
 
 RESULTS = pathlib.Path("experiments") / "results"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Setting):
     """Everything that can change the result."""
 
-    depth: int = 6  # Layers.
-    width: int = 32  # Features of a token.
-    num_heads: int = 2  # Attention heads, a divisor of the width.
     num_iters: int = 10  # Sinkhorn iterations of the Sinkhorn networks.
     layer_norm: LayerNorm = "pre"  # Everywhere but in pure attention, which has none.
-    seq_len: int = 64  # Tokens of a review, from its start.
-    vocab_size: int = 4000  # Words, with padding and unknown.
-    num_train: int = 10_000  # Training reviews.
-    num_validation: int = 512  # Validation reviews, for the accuracy.
-    num_measured: int = 32  # Of these, reviews on which residuals are measured.
-    num_steps: int = 150  # Updates; 0 leaves the networks as initialised.
-    batch_size: int = 32  # Reviews of an update.
-    learning_rate: float = 1e-3  # Of Adam, at its peak.
-    seeds: tuple[int, ...] = (0, 1, 2)  # Initialisation and order of the reviews.
-    data_seed: int = 0  # Split of the reviews.
     output: pathlib.Path = RESULTS / "rank_decay"  # Folder of the JSON and the figure.
 
     def __post_init__(self):
-        least = dict.fromkeys(
-            ("depth", "width", "num_heads", "num_iters", "num_measured", "batch_size"),
-            1,
-        )
-        for name, bound in {**least, "seq_len": 2, "num_steps": 0}.items():
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be distinct, at least one, got {self.seeds}.")
-        if self.num_measured > self.num_validation:
-            raise ValueError(
-                f"num_measured must not exceed num_validation, got {self.num_measured} "
-                f"and {self.num_validation}: the reviews are taken from these."
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
+        super().__post_init__()
+        if self.num_iters < 1:
+            raise ValueError(f"num_iters must be at least 1, got {self.num_iters}.")
 
 
 QUICK = Config(
@@ -94,34 +76,6 @@ QUICK = Config(
     seeds=(0, 1),
     output=RESULTS / "rank_decay_quick",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One kind of network."""
-
-    num_iters: int  # 0 is softmax.
-    has_skip: bool
-    has_mlp: bool
-    layer_norm: LayerNorm
-
-    @property
-    def normaliser(self) -> str:
-        """Name of the map from logits to attention weights."""
-        return "Sinkhorn" if self.num_iters else "softmax"
-
-    @property
-    def is_pure(self) -> bool:
-        """Whether the layers are attention and nothing else."""
-        return not self.has_skip and not self.has_mlp and self.layer_norm == "none"
-
-    @property
-    def architecture(self) -> str:
-        """What surrounds the attention."""
-        if self.is_pure:
-            return "pure attention"
-        skip = "skip" if self.has_skip else "no skip"
-        return f"{skip}, {'MLP' if self.has_mlp else 'no MLP'}"
 
 
 def cases(config: Config) -> Iterator[Case]:
@@ -156,21 +110,20 @@ def run(config: Config) -> dict[str, object]:
     start = time.monotonic()
     all_cases = list(cases(config))
     for case in all_cases:
-        _encoder(case, config, config.vocab_size)  # Bad options fail before the work.
+        encoder(case, config, config.vocab_size)  # Bad options fail before the work.
     print("Reading and splitting the IMDb reviews.", file=sys.stderr)
-    dataset = imdb(
-        seq_len=config.seq_len,
-        vocab_size=config.vocab_size,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        seed=config.data_seed,
-    )
+    dataset = config.reviews()
+    cells = Cells(config.output, config.setting())
     runs = []
     total = len(all_cases) * config.num_steps
     with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as progress:
         for case in all_cases:
             progress.set_description(f"{case.architecture}, {case.normaliser}")
-            runs.append(_run_case(case, config, dataset, progress.update))
+            train = functools.partial(
+                train_and_measure, case, config, dataset, progress.update
+            )
+            runs.append(cells.get(case.name, train))
+            progress.n = len(runs) * config.num_steps  # Also of one that was there.
     result = {
         "question": "rank_decay",
         "config": {**dataclasses.asdict(config), "output": str(config.output)},
@@ -179,7 +132,7 @@ def run(config: Config) -> dict[str, object]:
         "data": {
             "vocab_size": dataset.vocab_size,
             "mean_length": float(dataset.train.lengths.mean()),
-            "max_entropy": _max_entropy(dataset.validation, config),
+            "max_entropy": config.max_entropy(dataset),
         },
         "runs": runs,
         "wall_time_s": round(time.monotonic() - start, 1),
@@ -188,76 +141,12 @@ def run(config: Config) -> dict[str, object]:
     config.output.mkdir(parents=True, exist_ok=True)
     json_path = config.output / "rank_decay.json"
     record.write_json(json_path, result)
+    cells.clear()
     figure_path = config.output / "rank_decay.png"
     rank_decay_figure.draw(result, figure_path, floor=FLOAT32_FLOOR)
     print(table(result))
     print(f"\nTook {result['wall_time_s']:.0f} s. Wrote {json_path} and {figure_path}.")
     return result
-
-
-def _encoder(case, config, vocab_size):
-    return Encoder(
-        vocab_size=vocab_size,
-        seq_len=config.seq_len,
-        depth=config.depth,
-        width=config.width,
-        num_heads=config.num_heads,
-        num_iters=case.num_iters,
-        has_mlp=case.has_mlp,
-        layer_norm=case.layer_norm,
-    )
-
-
-def _max_entropy(reviews, config):
-    return float(np.log(reviews.lengths[: config.num_measured]).mean())
-
-
-def _run_case(case, config, dataset, on_step):
-    model = _encoder(case, config, dataset.vocab_size)
-    measured = dataset.validation.take(slice(config.num_measured))
-    # One program for all cases whose parameters have equal shapes.
-    stem = model.clone(num_iters=0)
-    params = ensemble.init(stem, config.seeds, config.seq_len)
-    at_init = measure(model, params, measured, has_skip=case.has_skip)
-    trained, losses = ensemble.train(
-        model,
-        params,
-        dataset.train,
-        has_skip=case.has_skip,
-        seeds=config.seeds,
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        on_step=on_step,
-    )
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"The loss of {case.architecture}, {case.normaliser} became infinite or "
-            f"NaN with learning_rate={config.learning_rate}. Lower it."
-        )
-    accuracy = functools.partial(
-        ensemble.accuracy, model, trained, has_skip=case.has_skip
-    )
-    some = dataset.train.take(slice(config.num_validation))
-    return {
-        "architecture": case.architecture,
-        "normaliser": case.normaliser,
-        **dataclasses.asdict(case),
-        "num_parameters": num_parameters(params) // len(config.seeds),
-        "train_loss": losses.tolist(),
-        "train_accuracy": accuracy(some).tolist(),
-        "validation_accuracy": accuracy(dataset.validation).tolist(),
-        "init": at_init,
-        "trained": measure(model, trained, measured, has_skip=case.has_skip),
-    }
-
-
-def log10_residual(run: dict, phase: str) -> np.ndarray:
-    """Decimal logarithm of the relative residual, [S, L + 1]; -inf if it is zero."""
-    if "log10_relative_residual" in run[phase]:
-        return np.array(run[phase]["log10_relative_residual"])
-    with np.errstate(divide="ignore"):
-        return np.log10(run[phase]["relative_residual"])
 
 
 def findings(result: dict) -> list[Finding]:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple
 
 from . import (
+    ablations,
     bounds,
     compare,
     convergence,
@@ -62,6 +63,7 @@ def _plain(module: ModuleType) -> Experiment:
 # In the order of the page.
 EXPERIMENTS: Final[dict[str, Experiment]] = {
     "rank_decay": _plain(rank_decay),
+    "ablations": _plain(ablations),
     "doubly_exponential": _plain(doubly_exponential),
     "bounds": _plain(bounds),
     "paths": _plain(paths),

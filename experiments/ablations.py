@@ -1,0 +1,243 @@
+"""Which of skips, MLPs, LayerNorm and Sinkhorn iterations keep trained networks apart?
+
+    python -m experiments ablations
+
+The networks of `rank_decay` over a whole grid: skip connections and MLPs on and off,
+LayerNorm before, after and nowhere, softmax and Sinkhorn attention of 1 to 50
+iterations, each of 5 seeds, at initialisation and after training on IMDb reviews; the
+relative residual of every layer in three norms. Tests that skip connections are what
+preserves rank, whatever surrounds them, that Sinkhorn preserves it better than the
+softmax where there are skip connections, and more so with more iterations, and asks
+what the place of LayerNorm does.
+
+Takes HOURS on 2 CPU cores, with --quick a minute. Each network is written to a file of
+its own when it ends: the same command goes on where it was interrupted.
+
+After Dong et al. 2021, https://arxiv.org/abs/2103.03404, and Lapenna et al. 2026,
+https://arxiv.org/abs/2604.07925.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import ablations_figure, answer
+from .ablations_figure import PLACES
+from .cells import Cells
+from .findings import Finding, Interval, difference, interval, verdict
+from .measures import DEFINITIONS, FLOAT32_FLOOR, NORMS
+from .models import LayerNorm
+from .review_networks import (
+    Case,
+    Setting,
+    encoder,
+    log10_residual,
+    train_and_measure,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Setting):
+    """Everything that can change the result."""
+
+    num_iters: tuple[int, ...] = (1, 5, 10, 50)  # Of Sinkhorn, beside the softmax.
+    layer_norms: tuple[LayerNorm, ...] = ("none", "pre", "post")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # Initialisation, order of the reviews.
+    output: pathlib.Path = answer.RESULTS / "ablations"  # Of the JSON and the figure.
+
+    def __post_init__(self):
+        super().__post_init__()
+        answer.require_at_least(self, {"num_iters": 1})
+        if not self.layer_norms or len(set(self.layer_norms)) < len(self.layer_norms):
+            raise ValueError(
+                f"layer_norms must be distinct, at least one, got {self.layer_norms}."
+            )
+
+
+QUICK = Config(
+    depth=2,
+    width=16,
+    seq_len=32,
+    num_train=1000,
+    num_validation=64,
+    num_measured=8,
+    num_steps=10,
+    batch_size=8,
+    num_iters=(1, 5),
+    layer_norms=("none", "pre"),
+    seeds=(0, 1),
+    output=answer.RESULTS / "ablations_quick",
+)
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """The whole grid; the iterations of a network in a row."""
+    switches = itertools.product((True, False), (True, False), config.layer_norms)
+    for has_skip, has_mlp, layer_norm in switches:
+        for num_iters in (0, *config.num_iters):
+            yield Case(
+                num_iters=num_iters,
+                has_skip=has_skip,
+                has_mlp=has_mlp,
+                layer_norm=layer_norm,
+            )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains and measures what is not there; writes JSON and figure, prints findings.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        ValueError: The options do not fit together or the data.
+        ModuleNotFoundError: The reviews are not installed.
+    """
+    start = time.monotonic()
+    all_cases = list(cases(config))
+    for case in all_cases:
+        encoder(case, config, config.vocab_size)  # Bad options fail before the work.
+    print("Reading and splitting the IMDb reviews.", file=sys.stderr)
+    dataset = config.reviews()
+    cells = Cells(config.output, config.setting())
+    runs = []
+    with tqdm(total=len(all_cases) * config.num_steps, unit="step") as progress:
+        for case in all_cases:
+            progress.set_description(case.name)
+            train = functools.partial(
+                train_and_measure, case, config, dataset, progress.update
+            )
+            runs.append(cells.get(case.name, train))
+            progress.n = len(runs) * config.num_steps  # Also of one that was there.
+    total = sum(run["wall_time_s"] for run in runs)
+    result = {
+        "definitions": DEFINITIONS,
+        "data": {"max_entropy": config.max_entropy(dataset)},
+        "runs": runs,
+        "runs_wall_time_s": round(total, 1),
+    }
+    result["findings"] = findings(result)
+    written = answer.write("ablations", config, result, ablations_figure.draw, start)
+    cells.clear()
+    return written
+
+
+def findings(result: dict[str, Any]) -> list[Finding]:
+    """What the last layers of the trained networks say of the claims."""
+    last = {_key(run): last_log10(run) for run in result["runs"]}
+    runs = {_key(run): run for run in result["runs"]}
+    places = list(dict.fromkeys(run["layer_norm"] for run in result["runs"]))
+    normalisers = list(dict.fromkeys(run["num_iters"] for run in result["runs"]))
+    settings = list(itertools.product((True, False), places))
+    found = []
+    for mlp, place in settings:
+        gains = {
+            n: difference(last[True, mlp, place, n], last[False, mlp, place, n])
+            for n in normalisers
+        }
+        claim = (
+            "skip connections preserve rank, whatever the normaliser "
+            f"({_of(mlp, place)})"
+        )
+        found.append(_every(claim, gains, "with them less without"))
+    for mlp, place in settings:
+        softmax = runs[True, mlp, place, 0]
+        for n in normalisers[1:]:
+            ours = runs[True, mlp, place, n]
+            gains = {
+                norm: difference(last_log10(ours, norm), last_log10(softmax, norm))
+                for norm in NORMS
+            }
+            others = ", ".join(f"{m} {gains[m].text(2)}" for m in NORMS[1:])
+            claim = (
+                f"{answer.name_of(n)}, preserves rank better than softmax "
+                f"(skip, {_of(mlp, place)})"
+            )
+            text = (
+                f"{RESIDUAL}: {interval(last_log10(ours)).text(2)} against "
+                f"{interval(last_log10(softmax)).text(2)}, a difference of "
+                f"{gains['fro'].text(2)}; in the other norms {others}."
+            )
+            found.append(Finding(claim=claim, verdict=verdict(gains["fro"]), text=text))
+    if len(normalisers) > 2:
+        x = np.log2(np.array(normalisers) + 1.0)
+        for mlp, place in settings:
+            y = [last[True, mlp, place, n] for n in normalisers]  # [X][S]
+            slope = interval(np.polyfit(x, np.array(y), 1)[0])
+            claim = (
+                "more iterations preserve rank better, from the softmax on "
+                f"(skip, {_of(mlp, place)})"
+            )
+            text = (
+                f"{RESIDUAL}: {slope.text(3)} for each doubling of iterations plus 1."
+            )
+            found.append(Finding(claim=claim, verdict=verdict(slope), text=text))
+    for first, second in itertools.pairwise(places):
+        for mlp in (True, False):
+            gains = {
+                n: difference(last[True, mlp, second, n], last[True, mlp, first, n])
+                for n in normalisers
+            }
+            claim = (
+                f"{PLACES[second]} preserves rank better than {PLACES[first]}, "
+                f"whatever the normaliser (skip, {'MLP' if mlp else 'no MLP'})"
+            )
+            found.append(_every(claim, gains, "the first's less the second's"))
+    return found
+
+
+RESIDUAL = "Decimal logarithm of the relative residual, last layer, trained"
+
+
+def _key(run):
+    return run["has_skip"], run["has_mlp"], run["layer_norm"], run["num_iters"]
+
+
+def _of(mlp, place):
+    return f"{'MLP' if mlp else 'no MLP'}, {PLACES[place]}"
+
+
+def last_log10(
+    run: dict[str, Any], norm: str = "fro", phase: str = "trained"
+) -> np.ndarray:
+    """Decimal logarithm of the last layer's relative residual, [S].
+
+    Not below that of rounding: what rounding leaves is no residual, and below it all
+    networks are alike.
+    """
+    floor = math.log10(FLOAT32_FLOOR)
+    if norm == "fro":
+        return np.maximum(log10_residual(run, phase)[:, -1], floor)
+    values = np.array(run[phase][f"relative_residual_{norm}"])[:, -1]
+    return np.log10(np.maximum(values, FLOAT32_FLOOR))
+
+
+def _every(claim: str, gains: dict[int, Interval], what: str) -> Finding:
+    """Of a claim about every normaliser: the least favourable is shown."""
+    verdicts: Sequence[str] = [verdict(gain) for gain in gains.values()]
+    if "not supported" in verdicts:
+        total = "not supported"
+    else:
+        total = "undecided" if "undecided" in verdicts else "supported"
+    worst = min(gains, key=lambda n: gains[n].low)
+    best = max(gains, key=lambda n: gains[n].high)
+    return Finding(
+        claim=claim,
+        verdict=total,
+        text=(
+            f"{RESIDUAL}, {what}: from {gains[worst].text(2)} "
+            f"({answer.name_of(worst)}) to {gains[best].text(2)} "
+            f"({answer.name_of(best)}); supported for {verdicts.count('supported')} of "
+            f"{len(verdicts)} normalisers, not supported for "
+            f"{verdicts.count('not supported')}."
+        ),
+    )
