@@ -8,8 +8,10 @@ relative residual of the last layer, the entropy of the attention and the test a
 The images are the same, but a token holds less the more there are: the two cannot be
 told apart here.
 
-Takes 8 minutes of one CPU core, with --quick two. The question is not asked in
-Lapenna et al. 2026, https://arxiv.org/abs/2604.07925.
+Takes 8 minutes of one CPU core, with --quick one. As measured, the gain falls with the
+tokens, from 0.30 of the residual at 4 to 0.20 at 16, and at 64 it is a loss of 0.09,
+though Sinkhorn's surplus of entropy grows. Accuracies do not differ. The question is
+not asked in Lapenna et al. 2026, https://arxiv.org/abs/2604.07925.
 """
 
 import dataclasses

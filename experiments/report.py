@@ -27,6 +27,7 @@ from . import (
     doubly_exponential,
     entropy,
     iterations,
+    length,
     paths,
     rank_decay,
     report_page,
@@ -75,6 +76,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "iterations": _plain(iterations),
     "swap": _plain(swap),
     "temperature": _plain(temperature),
+    "length": _plain(length),
     "compare": Experiment(
         compare,
         tuple(compare.PRESETS[name] for name in ("digits", "fashion_mnist", "imdb")),
