@@ -31,7 +31,11 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     _finish_curves(curves, config)
     curves.set_title(f"{longest} tokens; median and range of seeds")
     curves.legend(
-        title="deviation of logits", frameon=False, fontsize=9, loc="lower left"
+        title="deviation\nof logits",
+        title_fontsize=9,
+        frameon=False,
+        fontsize=9,
+        loc="lower left",
     )
     _draw_rates(rates, pairs)
     rates.set_title("all tokens and seeds, colours as left")
