@@ -1,4 +1,8 @@
-"""Kernels for many small matrices: interpreted numbers and races, and lowering."""
+"""Kernels for many small matrices: interpreted numbers and races, and lowering.
+
+The interpreter of GPU kernels takes long, so the bodies that all kernels share are
+tested in NumPy's memory too.
+"""
 
 import functools
 import re
@@ -10,11 +14,15 @@ import numpy as np
 import pytest
 import reference
 from hostile import hostile_logits
+
+# Not public: the switch of the GPU's interpreter, and what it saw.
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpreter
 from jax.experimental.pallas import tpu as pltpu
 
 from sinkhorn_jax import Truncated, sinkhorn, sinkhorn_potentials
 from sinkhorn_jax._options import Options
-from sinkhorn_jax._sinkhorn import IMPLEMENTATIONS, _mosaic_tpu, _small
+from sinkhorn_jax._sinkhorn import IMPLEMENTATIONS, _mosaic_gpu, _mosaic_tpu, _small
 from sinkhorn_jax._sinkhorn._problem import Problem
 
 # Of values and gradients of order 1, and of potentials of order 5, in float32.
@@ -120,24 +128,73 @@ def test_agrees_with_float64_and_its_gradient(interpreted, constants, case):
     assert (potentials.num_iters == num_iters).all()
 
 
-def test_the_kernels_are_exact_in_float64(interpreted):
-    """Where rounding hides nothing: the public call refuses it, for a TPU has none."""
-    arrays = random(0, (M, T, S), "float64", 2.0), *marginals()
-    arrays = [x.astype("float64") for x in arrays]
-    arrays[2] *= (arrays[1].sum(-1) / arrays[2].sum(-1))[:, None]
-    problem = Problem(batch=M, t=T, s=S, dtype=jnp.dtype("float64"), options=Options(5))
-    w = random(9, (M, T, S), "float64")
+class Ref:
+    """A kernel's reference, which is read and written at once."""
 
-    def gradients(implementation):
-        def loss(*arrays):
-            plan = IMPLEMENTATIONS[implementation].run.plan(problem, *arrays)
-            return (plan**2 * w).sum()
+    def __init__(self, array):
+        self.array, self.shape = np.array(array), array.shape
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    def __getitem__(self, index):
+        return jnp.array(self.array[index])
 
-    got = interpreted(gradients("mosaic_tpu"), *arrays)
-    expected = gradients("reference")(*arrays)
-    chex.assert_trees_all_close(got, expected, atol=1e-12)
+    def __setitem__(self, index, value):
+        self.array[index] = value
+
+
+@pytest.mark.parametrize(
+    ("module", "length", "finish"),
+    [
+        (_mosaic_gpu, 2, "rows"),
+        (_mosaic_gpu, 5, "columns"),
+        (_mosaic_tpu, 5, "rows"),
+        (_mosaic_tpu, 2, "columns"),
+    ],
+)
+def test_bodies_are_exact_in_float64(module, length, finish):
+    """Outside any kernel: rounding hides nothing there."""
+    memory, num_iters, at = module._MEMORY, 5, (slice(None),)
+    allowed = np.asarray(where())
+    logits = np.where(allowed, random(0, (M, T, S), "float64", 2.0), -np.inf)
+    a, b = (np.asarray(x, "float64") for x in marginals())
+    a, b = np.where(allowed.any(2), a, 0), np.where(allowed.any(1), b, 0)
+    arrays = logits, a, b * (a.sum(1) / b.sum(1))[:, None]
+    problem = Problem(
+        batch=M,
+        t=T,
+        s=S,
+        dtype=jnp.dtype("float64"),
+        options=Options(num_iters, finish),
+    )
+    solver = IMPLEMENTATIONS["reference"].run
+
+    def in_lanes(*arrays):
+        return [np.moveaxis(np.asarray(x), 0, -1) for x in arrays]
+
+    def empty(*shapes):
+        return [Ref(np.full((*shape, M), np.nan)) for shape in shapes]
+
+    num_segments = -(-num_iters // length)
+    starts = empty((num_segments, S)) if num_segments > 1 else [None]
+    history = _small.History(*empty((length, S)), *starts, starts_at=at)
+
+    def check(fn, *shapes):
+        out, pull_back = jax.vjp(fn, *arrays)
+        cotangent = jax.tree.map(jnp.cos, out)
+        operands, results = list(map(Ref, in_lanes(*arrays))), empty(*shapes)
+        given = list(map(Ref, in_lanes(*cotangent)))[:2]
+        grads = empty((T, S), (T,), (S,))
+        with jax.disable_jit():
+            _small.solve_tile(memory, problem, operands, results, at)
+            _small.pull_back_tile(memory, problem, operands, given, grads, history, at)
+        got = [x.array for x in results]
+        chex.assert_trees_all_close(got, in_lanes(*out), atol=1e-13)
+        cotangent = *cotangent[:2], *map(jnp.zeros_like, cotangent[2:])
+        expected = in_lanes(*pull_back(cotangent))
+        chex.assert_trees_all_close([x.array for x in grads], expected, atol=1e-12)
+
+    check(lambda *x: (solver.plan(problem, *x),), (T, S))
+    # Without the number of iterations.
+    check(lambda *x: tuple(solver.potentials(problem, *x)[:3]), (T,), (S,), ())
 
 
 @pytest.mark.parametrize("finish", ["rows", "columns"])
@@ -181,7 +238,6 @@ def test_many_matrices_vmap_and_a_last_block_that_is_not_full(interpreted, const
 
 def step(logits, cotangent, **options):
     """Plan and gradient, potentials and theirs."""
-    options |= {"implementation": "mosaic_tpu"}
     plan, pull_back = jax.vjp(lambda z: sinkhorn(z, **options), logits)
     potentials, pull_back_potentials = jax.vjp(
         lambda z: sinkhorn_potentials(z, **options)[:2], logits
@@ -189,7 +245,12 @@ def step(logits, cotangent, **options):
     return plan, pull_back(cotangent), pull_back_potentials(potentials)
 
 
-def assert_lowers(n, batch, dtype, platform, target, **options):
+def assert_lowers(implementation, n, batch, dtype, **options):
+    platform, target = {
+        "mosaic_gpu": ("cuda", "mosaic_gpu_v2"),
+        "mosaic_tpu": ("tpu", "tpu_custom_call"),
+    }[implementation]
+    options |= {"implementation": implementation}
     arrays = [jax.ShapeDtypeStruct((batch, n, n), dtype)] * 2
     program = jax.jit(functools.partial(step, **options)).trace(*arrays)
     text = program.lower(lowering_platforms=(platform,)).as_text()
@@ -209,7 +270,7 @@ def assert_lowers(n, batch, dtype, platform, target, **options):
     ],
 )
 def test_lowers_for_tpu(n, batch, dtype):
-    assert_lowers(n, batch, dtype, "tpu", "tpu_custom_call", num_iters=20)
+    assert_lowers("mosaic_tpu", n, batch, dtype, num_iters=20)
 
 
 @pytest.mark.slow
@@ -218,9 +279,68 @@ def test_lowers_for_tpu(n, batch, dtype):
 @pytest.mark.parametrize("batch", [1, 1000, 65536, 10_000_000])
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_lowers_for_tpu_in_every_size(dtype, n, batch, finish):
-    assert_lowers(
-        n, batch, dtype, "tpu", "tpu_custom_call", num_iters=100, finish=finish
-    )
+    assert_lowers("mosaic_tpu", n, batch, dtype, num_iters=100, finish=finish)
+
+
+@pytest.fixture
+def interpreted_for_gpu(monkeypatch):
+    """Calls a function in the GPU interpreter, and sees that it reports no race."""
+    # Segments of a single iteration.
+    monkeypatch.setattr(_mosaic_gpu, "HISTORY_BYTES", 0)
+    jax.clear_caches()
+
+    def call(fn, *args):
+        params = gpu_interpreter.InterpretGPUParams(detect_races=True)
+        with gpu_interpreter.force_gpu_interpret_mode(params):
+            result = jax.tree.map(np.asarray, fn(*args))
+        assert not interpret_pallas_call.get_races().races_found
+        return result
+
+    yield call
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    jax.clear_caches()
+
+
+def test_gpu_kernels_agree_with_scaling(interpreted_for_gpu):
+    logits = random(0, (130, 2, 2), scale=2.0)  # More than a block has threads.
+
+    def loss(logits, implementation):
+        plan = sinkhorn(logits, 2, implementation=implementation)
+        return (plan**2).sum(), plan
+
+    def solve(implementation):
+        fn = functools.partial(loss, implementation=implementation)
+        return jax.jit(jax.grad(fn, has_aux=True))
+
+    got = interpreted_for_gpu(solve("mosaic_gpu"), logits)
+    chex.assert_trees_all_close(got, solve("scaling")(logits), atol=ATOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_kernels_agree_with_float64(interpreted_for_gpu, case):
+    options = CASES[case]
+    arrays = random(0, (M, T, S), scale=2.0), *marginals()
+    run = functools.partial(both, "mosaic_gpu", **options)
+    got = interpreted_for_gpu(run, *arrays)
+    expected = both("reference", *[x.astype("float64") for x in arrays], **options)
+    expected = jax.tree.map(lambda x, y: y.astype(x.dtype), got, expected)
+    chex.assert_trees_all_close(got, expected, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "dtype"), [(2, 1, "bfloat16"), (4, 1000, "float32")]
+)
+def test_lowers_for_gpu(n, batch, dtype):
+    assert_lowers("mosaic_gpu", n, batch, dtype, num_iters=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [2, 4, 8, 16])
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+def test_lowers_for_gpu_in_every_size(dtype, n, finish):
+    assert_lowers("mosaic_gpu", n, 10_000_000, dtype, num_iters=400, finish=finish)
 
 
 def problem(**changed):
@@ -234,7 +354,7 @@ def problem(**changed):
     return Problem(**fields | changed)
 
 
-kernels = pytest.mark.parametrize("name", ["mosaic_tpu"])
+kernels = pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
 
 
 @kernels
@@ -265,6 +385,8 @@ def test_is_not_taken_unasked(name):
 @pytest.mark.parametrize("num_iters", [0, 1, 2, 7, 20, 63, 64, 65, 1000])
 @pytest.mark.parametrize("most", [0, 1, 64])
 def test_segments_cover_all_iterations(num_iters, most):
-    length, num_segments = _small.history_shape(num_iters, most)
+    length, *more = _mosaic_tpu.segment_lengths(num_iters, most)
+    (num_segments,) = more or [1]
     assert length * (num_segments - 1) < max(1, num_iters) <= length * num_segments
-    assert num_segments == 1 or length + num_segments < 2 * num_iters**0.5 + 2
+    assert bool(more) == (num_iters > max(1, most))
+    assert not more or length + num_segments < 2 * num_iters**0.5 + 2

@@ -112,12 +112,14 @@ def _forward(
     )
 
 
-def _backward_kernel(*refs: Ref, problem: Problem, num_tiles: int):
+def _backward_kernel(*refs: Ref, problem: Problem, num_scratch: int, num_tiles: int):
     # Operands like the forward kernel's, then the cotangent of the plan, or those of f
-    # and g; results dlogits, da and db, like logits, a and b. Scratch: see `History`,
-    # whose lanes are [SUBLANES, LANES].
-    operand_refs, cotangent_refs, out_refs = refs[:3], refs[3:-5], refs[-5:-2]
-    history = History(*refs[-2:])
+    # and g; results dlogits, da and db, like logits, a and b. Scratch: `steps_ref` and
+    # for more than one segment `starts_ref` of a `History`, whose lanes are [SUBLANES,
+    # LANES].
+    refs, scratch_refs = refs[:-num_scratch], refs[-num_scratch:]
+    operand_refs, cotangent_refs, out_refs = refs[:3], refs[3:-3], refs[-3:]
+    history = History(*scratch_refs, *[None] * (2 - num_scratch), starts_at=())
 
     def pull_back(at):
         _small.pull_back_tile(
@@ -137,19 +139,33 @@ def _backward(
     _, t, s = logits.shape
     num_iters = problem.options.num_iters
     register = SUBLANES * LANES * logits.dtype.itemsize
-    lengths = _small.history_shape(num_iters, HISTORY_BYTES // (s * register))
+    lengths = segment_lengths(num_iters, HISTORY_BYTES // (s * register))
     dlogits, da, db = _call(
-        functools.partial(_backward_kernel, problem=problem),
+        functools.partial(_backward_kernel, problem=problem, num_scratch=len(lengths)),
         (logits, a, b, *cotangents),
         [(t, s), (t,), (s,)],
         # Forward, once more where the history is made twice, and back.
-        half_steps=2 * num_iters * (3 if lengths[1] > 1 else 2) + 2,
+        half_steps=2 * num_iters * (1 + len(lengths)) + 2,
         scratch=[
             pltpu.VMEM((length, s, SUBLANES, LANES), logits.dtype) for length in lengths
         ],
         name="sinkhorn_small_backward",
     )
     return dlogits, da, db
+
+
+def segment_lengths(num_iters: int, most: int) -> tuple[int, ...]:
+    """Of a segment of iterations and, if it does not hold all, the number of segments.
+
+    Args:
+        num_iters: Iterations.
+        most: How many go into a single segment. More are cut into as many segments as
+            these have iterations.
+    """
+    if num_iters <= max(1, most):
+        return (max(1, num_iters),)
+    length = math.ceil(math.sqrt(num_iters))
+    return length, math.ceil(num_iters / length)
 
 
 KERNELS: Final = Kernels(_forward, _backward)

@@ -1,7 +1,6 @@
 """What the kernels for small matrices share: their limits, bodies and derivative."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -131,22 +130,15 @@ def solve_tile(
 
 
 class History(NamedTuple):
-    """Column potentials for the sweep back, in scratch memory.
+    """Column potentials for the sweep back.
 
     Those before each of the K iterations of one segment, and those before each of N
     segments, from which they are made again.
     """
 
     steps_ref: Ref  # [K, S, lanes]
-    starts_ref: Ref  # [N, S, lanes]
-
-
-def history_shape(num_iters: int, most: int) -> tuple[int, int]:
-    """K and N: all iterations in one segment if there are no more than `most`."""
-    if num_iters <= most:
-        return max(1, num_iters), 1
-    length = math.ceil(math.sqrt(num_iters))
-    return length, math.ceil(num_iters / length)
+    starts_ref: Ref | None  # [N, S, lanes]; None for a single segment.
+    starts_at: tuple  # Where the lanes of `starts_ref` are.
 
 
 def pull_back_tile(
@@ -170,7 +162,8 @@ def pull_back_tile(
         at: Where.
     """
     num_iters, finish = problem.options.num_iters, problem.options.finish
-    length, num_segments = history.steps_ref.shape[0], history.starts_ref.shape[0]
+    length = history.steps_ref.shape[0]
+    num_segments = 1 if history.starts_ref is None else history.starts_ref.shape[0]
     dlogits_ref, da_ref, db_ref = out_refs
     tile = _load(memory, operand_refs, at)
 
@@ -185,7 +178,8 @@ def pull_back_tile(
         return jnp.minimum(num_iters - segment * length, length)
 
     def first_time(segment, g):
-        memory.write(history.starts_ref, (segment,), (), g)
+        if history.starts_ref is not None:
+            memory.write(history.starts_ref, (segment,), history.starts_at, g)
         return keep_and_iterate(steps_of(segment), g)
 
     g = tile.start()
@@ -201,11 +195,10 @@ def pull_back_tile(
         plan = tile.with_cols_of_b(unit)
     dlogits, df, dg = _seeds(memory, tile, plan, cotangent_refs, at)
     if finish == "rows":
-        moved, cotangents = _tile.undo_last_row_step(unit, df, dg)
+        moved, cotangents = _tile.undo_last_row_step(tile, unit, df, dg)
         dlogits = _tile.each_row(jnp.subtract, dlogits, moved)
     else:
-        da, db = (_tile.each(jnp.zeros_like, x) for x in (df, dg))
-        cotangents = Cotangents(df, dg, da, db)
+        cotangents = Cotangents(df, dg, _tile.zeros(tile.a), _tile.zeros(tile.b))
     if not memory.keeps_dlogits:
         _write_matrix(memory, dlogits_ref, at, dlogits)
         dlogits = ()
@@ -213,9 +206,10 @@ def pull_back_tile(
     def undo_segment(i, carry):
         segment = num_segments - 1 - i
         num_steps = steps_of(segment)
-        # That of the last segment is there from the way forward.
-        again = jnp.where(i == 0, 0, num_steps)
-        keep_and_iterate(again, memory.read(history.starts_ref, (segment,), ()))
+        if history.starts_ref is not None:
+            g = memory.read(history.starts_ref, (segment,), history.starts_at)
+            # The last segment's steps are there from the way forward.
+            keep_and_iterate(jnp.where(i == 0, 0, num_steps), g)
 
         def undo(j, carry):
             dlogits, cotangents = carry
@@ -251,7 +245,7 @@ def _seeds(memory, tile, plan, cotangent_refs, at):
     df_ref, dg_ref = cotangent_refs
     df = _tile.of_valid(tile.a, _read_rows(df_ref, at))
     dg = _tile.of_valid(tile.b, memory.read(dg_ref, (), at))
-    return _tile.each_row(jnp.zeros_like, plan), df, dg
+    return tuple(map(_tile.zeros, plan)), df, dg
 
 
 def _load(memory, operand_refs, at):

@@ -130,10 +130,13 @@ class Cotangents(NamedTuple):
     db: Cols
 
 
-def undo_last_row_step(unit: Matrix, df: Rows, dg: Cols) -> tuple[Matrix, Cotangents]:
+def undo_last_row_step(
+    tile: Tile, unit: Matrix, df: Rows, dg: Cols
+) -> tuple[Matrix, Cotangents]:
     """Go back over the row step that a result ends on.
 
     Args:
+        tile: Logits and marginals.
         unit: The plan, with rows that sum to 1.
         df: Cotangent of the row potential.
         dg: Cotangent of the column potential.
@@ -143,8 +146,7 @@ def undo_last_row_step(unit: Matrix, df: Rows, dg: Cols) -> tuple[Matrix, Cotang
     """
     moved = tuple(map(times_row_value, unit, df))
     dg = each(jnp.subtract, dg, over_rows(jnp.add, moved))
-    nothing = each(jnp.zeros_like, df)
-    return moved, Cotangents(nothing, dg, df, each(jnp.zeros_like, dg))
+    return moved, Cotangents(zeros(tile.a), dg, df, zeros(tile.b))
 
 
 def undo_full_iteration(
@@ -163,7 +165,7 @@ def undo_full_iteration(
     by_rows = tuple(map(times_row_value, of_rows, df))
     return each_row(jnp.add, by_cols, by_rows), Cotangents(
         # What is given from outside reaches only the potentials of the result.
-        each(jnp.zeros_like, df),
+        zeros(tile.a),
         each(jnp.negative, over_rows(jnp.add, by_rows)),
         each(jnp.add, da, df),
         each(jnp.add, db, dg),
@@ -179,6 +181,15 @@ def of_marginals(tile: Tile, cotangents: Cotangents) -> tuple[Rows, Cols]:
 def of_valid(marginal: Any, x: Any) -> Any:
     """A vector, 0 for padding."""
     return each(_where_positive, marginal, x)
+
+
+def zeros(vector: Any) -> Any:
+    """As many as there are numbers, which must be finite, in the vector.
+
+    Not constants: a GPU holds them in another layout than what is added to them, and a
+    loop has to stay in one.
+    """
+    return each(lambda x: 0 * x, vector)
 
 
 def each(fn: Callable[..., Array], *vectors: Any) -> Any:
