@@ -15,10 +15,14 @@ from . import (
     convergence,
     doubly_exponential,
     entropy,
+    iterations,
+    length,
     paths,
     plot,
     rank_decay,
     report,
+    swap,
+    temperature,
     train,
 )
 
@@ -35,6 +39,10 @@ QUESTIONS: dict[str, ModuleType] = {
     "convergence": convergence,
     "paths": paths,
     "entropy": entropy,
+    "iterations": iterations,
+    "swap": swap,
+    "temperature": temperature,
+    "length": length,
     "report": report,
 }
 

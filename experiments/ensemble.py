@@ -17,22 +17,32 @@ Params = Any  # A pytree; S seeds lead each leaf.
 
 
 def init(model: nn.Module, seeds: Sequence[int], seq_len: int) -> Params:
-    """Parameters of every seed. They depend on shapes alone, not on the normaliser."""
+    """Parameters for texts. They depend on shapes alone, not on the normaliser."""
     tokens = jnp.zeros((1, seq_len), jnp.int32)
     lengths = jnp.full((1,), seq_len, jnp.int32)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return _init(model, keys, tokens, lengths)
+    return _init(model, _keys(seeds), tokens, lengths)
+
+
+def init_images(
+    model: nn.Module, seeds: Sequence[int], shape: tuple[int, int, int]
+) -> Params:
+    """The same for images, of the shape (H, W, C)."""
+    return _init(model, _keys(seeds), jnp.zeros((1, *shape), jnp.uint8), None)
+
+
+def _keys(seeds):
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(model, keys, tokens, lengths):
-    return jax.vmap(lambda key: model.init(key, tokens, lengths)["params"])(keys)
+def _init(model, keys, inputs, lengths):
+    return jax.vmap(lambda key: model.init(key, inputs, lengths)["params"])(keys)
 
 
 def train(
     model: nn.Module,
     params: Params,
-    reviews: Examples,
+    examples: Examples,
     *,
     has_skip: bool,
     seeds: Sequence[int],
@@ -43,14 +53,14 @@ def train(
     observe: Callable[[int, Params], object] = lambda step, params: None,
     observe_every: int = 1,
 ) -> tuple[Params, Float[np.ndarray, "S K"]]:
-    """Adam on the cross-entropy, each seed with its own order of the reviews.
+    """Adam on the cross-entropy, each seed with its own order of the examples.
 
     Args:
-        model: Maps tokens and lengths to class logits and intermediates.
-        params: From `init`.
-        reviews: The training split.
+        model: Maps inputs and lengths to class logits and intermediates.
+        params: From `init` or `init_images`.
+        examples: The training split.
         has_skip: Handed to the model.
-        seeds: Decide the order of the reviews, so equal seeds see equal batches.
+        seeds: Decide the order of the examples, so equal seeds see equal batches.
         num_steps: Updates. The learning rate rises over the first tenth and then falls
             to zero along a cosine.
         batch_size: Reviews of one update and seed.
@@ -66,12 +76,12 @@ def train(
     optimizer = _optimizer(num_steps, learning_rate)
     state = jax.vmap(optimizer.init)(params)
     order = np.stack(
-        [_batches(len(reviews), num_steps, batch_size, seed) for seed in seeds], axis=1
+        [_batches(len(examples), num_steps, batch_size, seed) for seed in seeds], axis=1
     )  # [K, S, batch]
     losses = []
     observe(0, params)
     for index in order:
-        batch = reviews.take(index)
+        batch = examples.take(index)
         params, state, loss = _step(
             model,
             optimizer,
@@ -101,19 +111,19 @@ def _optimizer(num_steps, learning_rate):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-def _batches(num_reviews, num_steps, batch_size, seed):
-    """Indices [K, batch] that pass through all reviews before any repeats."""
+def _batches(num_examples, num_steps, batch_size, seed):
+    """Indices [K, batch] that pass through all examples before any repeats."""
     rng = np.random.default_rng(seed)
-    num_epochs = -(-num_steps * batch_size // num_reviews)
-    order = [rng.permutation(num_reviews) for _ in range(num_epochs)]
+    num_epochs = -(-num_steps * batch_size // num_examples)
+    order = [rng.permutation(num_examples) for _ in range(num_epochs)]
     order = np.concatenate([*order, np.zeros(0, np.int64)])
     return order[: num_steps * batch_size].reshape(num_steps, batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _step(model, optimizer, has_skip, params, state, tokens, lengths, labels):
-    def loss_of(params, tokens, lengths, labels):
-        logits, _ = model.apply({"params": params}, tokens, lengths, has_skip=has_skip)
+def _step(model, optimizer, has_skip, params, state, inputs, lengths, labels):
+    def loss_of(params, inputs, lengths, labels):
+        logits, _ = model.apply({"params": params}, inputs, lengths, has_skip=has_skip)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean()
 
@@ -124,23 +134,23 @@ def _step(model, optimizer, has_skip, params, state, tokens, lengths, labels):
             updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    return jax.vmap(update)(params, state, tokens, lengths, labels)
+    return jax.vmap(update)(params, state, inputs, lengths, labels)
 
 
 def accuracy(
     model: nn.Module,
     params: Params,
-    reviews: Examples,
+    examples: Examples,
     *,
     has_skip: bool,
     batch_size: int = 128,
 ) -> Float[np.ndarray, " S"]:
-    """Fraction of reviews that each seed's parameters classify rightly."""
+    """Fraction of examples that each seed's parameters classify rightly."""
     correct = []
-    for start in range(0, len(reviews), batch_size):
+    for start in range(0, len(examples), batch_size):
         # The last batch overlaps the one before it, so that one shape is compiled.
-        end = min(start + batch_size, len(reviews))
-        batch = reviews.take(slice(max(0, end - batch_size), end))
+        end = min(start + batch_size, len(examples))
+        batch = examples.take(slice(max(0, end - batch_size), end))
         is_correct = _correct(
             model, has_skip, params, batch.inputs, batch.lengths, batch.labels
         )
@@ -149,8 +159,8 @@ def accuracy(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _correct(model, has_skip, params, tokens, lengths, labels) -> Bool[Array, "S B"]:
+def _correct(model, has_skip, params, inputs, lengths, labels) -> Bool[Array, "S B"]:
     logits, _ = jax.vmap(
-        lambda p: model.apply({"params": p}, tokens, lengths, has_skip=has_skip)
+        lambda p: model.apply({"params": p}, inputs, lengths, has_skip=has_skip)
     )(params)
     return logits.argmax(axis=-1).astype(labels.dtype) == labels[None, :]

@@ -36,7 +36,7 @@ from sinkhorn_jax import collapse
 from . import answer, ensemble, entropy_figure
 from .cells import Cells
 from .data import imdb
-from .findings import Finding, interval, verdict
+from .findings import Finding, by_seed
 from .models import Encoder
 
 
@@ -240,67 +240,52 @@ def findings(result: dict[str, Any]) -> list[Finding]:
         key: np.array(row["attention_entropy"])[:, -1] for key, row in trained.items()
     }
     found = [
-        _compare(
+        by_seed(
             f"training lowers the entropy of softmax attention (rate {rate:g})",
             "Entropy in nats",
             np.array(trained["softmax", rate]["attention_entropy"])[:, 0],
             end["softmax", rate],
-            "before training, after it",
+            ("before training", "after it"),
         )
         for rate in rates
     ]
     found += [
-        _compare(
+        by_seed(
             f"Sinkhorn attention keeps more of its entropy in training (rate {rate:g})",
             "Change of the entropy in nats",
             change["Sinkhorn", rate],
             change["softmax", rate],
-            "for Sinkhorn, for softmax",
+            ("for Sinkhorn", "for softmax"),
         )
         for rate in rates
     ]
     if len(rates) > 1:
         found.append(
-            _compare(
+            by_seed(
                 "a larger learning rate lowers the entropy of softmax attention",
                 f"Entropy in nats after training at {rates[0]:g} and {rates[-1]:g}",
                 end["softmax", rates[0]],
                 end["softmax", rates[-1]],
-                "at the least rate, at the largest",
+                ("at the least rate", "at the largest"),
             )
         )
     found.append(
-        _compare(
+        by_seed(
             f"under {largest:g} times larger logits Sinkhorn keeps more entropy",
             "Entropy in nats at initialisation",
             scaled["Sinkhorn", largest]["attention_entropy"],
             scaled["softmax", largest]["attention_entropy"],
-            "for Sinkhorn, for softmax",
+            ("for Sinkhorn", "for softmax"),
         )
     )
     found += [
-        _compare(
+        by_seed(
             f"trained Sinkhorn networks have the larger stable rank (rate {rate:g})",
             "Stable rank of the last layer",
             np.array(trained["Sinkhorn", rate]["stable_rank"])[:, -1],
             np.array(trained["softmax", rate]["stable_rank"])[:, -1],
-            "for Sinkhorn, for softmax",
+            ("for Sinkhorn", "for softmax"),
         )
         for rate in rates
     ]
     return found
-
-
-def _compare(claim, quantity, first, second, names):
-    # By seed: initialisation and order of the reviews are the same.
-    gain = interval(np.subtract(first, second))
-    first_name, second_name = names.split(", ")
-    return Finding(
-        claim=claim,
-        verdict=verdict(gain),
-        text=(
-            f"{quantity}: {interval(first).text()} {first_name}, "
-            f"{interval(second).text()} {second_name}, a "
-            f"difference by seed of {gain.text()}."
-        ),
-    )

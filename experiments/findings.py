@@ -82,3 +82,31 @@ def verdict(interval: Interval, threshold: float = 0.0) -> Verdict:
     if interval.high < threshold:
         return "not supported"
     return "undecided"
+
+
+def by_seed(
+    claim: str,
+    quantity: str,
+    first: Sequence[float],
+    second: Sequence[float],
+    names: tuple[str, str],
+) -> Finding:
+    """Whether `first` exceeds `second`, seed by seed: equal seeds have all else equal.
+
+    Args:
+        claim: What is claimed, in a sentence.
+        quantity: What was measured, with its unit.
+        first: One a seed.
+        second: The same seeds.
+        names: What follows the mean of each in the text.
+    """
+    gain = interval(np.subtract(first, second))
+    return Finding(
+        claim=claim,
+        verdict=verdict(gain),
+        text=(
+            f"{quantity}: {interval(first).text()} {names[0]}, "
+            f"{interval(second).text()} {names[1]}, a "
+            f"difference by seed of {gain.text()}."
+        ),
+    )

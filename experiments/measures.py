@@ -47,7 +47,10 @@ DEFINITIONS = {
     ),
     "column_defect": (
         "Sum over columns of |column sum - 1|, over the number of tokens; mean over "
-        "heads and measured examples; [seed][layer]. Rows sum to 1."
+        "heads and measured examples; [seed][layer]."
+    ),
+    "row_defect": (
+        "The same of the rows: rounding, unless the last half step is of the columns."
     ),
     "train_loss": "Cross-entropy of each update's batch before it; [seed][step].",
 }
@@ -70,7 +73,7 @@ def measure(
         has_skip: Handed to the model.
         norms: Of the relative residual.
     """
-    residuals, entropy, defect, embedding = jax.device_get(
+    residuals, entropy, column, row, embedding = jax.device_get(
         _observe(model, norms, has_skip, params, examples.inputs, examples.lengths)
     )
     result = {
@@ -81,9 +84,11 @@ def measure(
             for norm, residual in residuals.items()
         },
         "attention_entropy": entropy.tolist(),
-        "column_defect": defect.tolist(),
+        "column_defect": column.tolist(),
+        "row_defect": row.tolist(),
     }
-    if not has_skip and not model.has_mlp and model.layer_norm == "none":
+    is_pure = not has_skip and not model.has_mlp and model.layer_norm == "none"
+    if is_pure and (model.finish, model.logit_scale) == ("rows", 1.0):
         logs = _recursion(model, params, embedding, examples.lengths)
         result["log10_relative_residual"] = np.median(logs, axis=1).tolist()
     return result
@@ -103,6 +108,7 @@ def _observe(model, norms, has_skip, params, inputs, lengths):
             },  # Each [L + 1, B].
             collapse.attention_entropy(plans, where=rows).mean(axis=(1, 2)),  # [L]
             column_defect(plans, rows).mean(axis=(1, 2)),
+            column_defect(plans.swapaxes(-1, -2), rows).mean(axis=(1, 2)),
             hidden_states[0],
         )
 

@@ -5,6 +5,7 @@ over tokens of P V is that of V, and the mean of a single layer's output does no
 how attention moved them. The maximum over tokens does, and so does a class token.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from sinkhorn_jax import sinkhorn, sinkhorn_attention
 LayerNorm = Literal["none", "pre", "post"]
 Pooling = Literal["mean", "max", "class_token"]
 Position = Literal["learned", "sinusoidal", "none"]
+Finish = Literal["rows", "columns"]
 
 # Of the mesh axis over which a batch is divided.
 BATCH_AXIS = "batch"
@@ -40,8 +42,8 @@ class Encoder(nn.Module):
     the sum, as in the original Transformer. Images become patches, as in Dosovitskiy
     et al. 2021, https://arxiv.org/abs/2010.11929, or with `has_conv_stem` as many
     tokens through 3 x 3 convolutions of stride 2, after Xiao et al. 2021,
-    https://arxiv.org/abs/2106.14881. Parameters do not depend on `num_iters`, so those
-    of a softmax encoder serve a Sinkhorn one.
+    https://arxiv.org/abs/2106.14881. Parameters do not depend on `num_iters`, `finish`
+    and `logit_scale`, so those of a softmax encoder serve a Sinkhorn one.
     """
 
     depth: int
@@ -62,6 +64,8 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32  # Of the computation; parameters are float32.
     has_scan: bool = True  # One compiled layer, `lax.scan`; parameters are stacked.
     has_remat: bool = False  # Recompute layers in the backward pass.
+    finish: Finish = "rows"  # What the last half step normalises.
+    logit_scale: float = 1.0  # Multiplies the attention's logits; inverse temperature.
     mesh: Mesh | None = None  # With an axis BATCH_AXIS, that divides the batch.
 
     def __post_init__(self):
@@ -69,6 +73,7 @@ class Encoder(nn.Module):
             ("layer_norm", LayerNorm),
             ("pooling", Pooling),
             ("position", Position),
+            ("finish", Finish),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(
@@ -91,6 +96,11 @@ class Encoder(nn.Module):
             raise ValueError(
                 "has_conv_stem halves images, so patch_size must be a power of two, "
                 f"got {self.patch_size}."
+            )
+        if self.finish == "columns" and not self.num_iters:
+            raise ValueError(
+                'finish="columns" needs num_iters of at least 1, got 0: softmax has '
+                "no column step."
             )
         super().__post_init__()
 
@@ -128,8 +138,7 @@ class Encoder(nn.Module):
         skips = tuple(map(jnp.asarray, skips))
         # Spelled out, because a scanned module has no keyword arguments.
         options = (
-            self.num_heads,
-            self.num_iters,
+            self._attention,
             (self.mlp_width or 4 * self.width) if self.has_mlp else None,
             self.layer_norm,
             self.dropout_rate,
@@ -167,6 +176,12 @@ class Encoder(nn.Module):
         logits = nn.Dense(self.num_classes, name="head")(pooled)
         hidden_states = jnp.concatenate([x[None], hidden_states])
         return logits, Intermediates(hidden_states, plans, where)
+
+    @property
+    def _attention(self):
+        return _Attention(
+            self.num_heads, self.num_iters, self.finish, float(self.logit_scale)
+        )
 
     def _embed(self, inputs):
         # Small, so that a few hundred steps of Adam can tell words apart: at deviation
@@ -213,9 +228,15 @@ class Encoder(nn.Module):
         return lengths, jnp.concatenate([first, x], axis=1)
 
 
-class _Layer(nn.Module):
+class _Attention(NamedTuple):
     num_heads: int
     num_iters: int
+    finish: Finish
+    logit_scale: float
+
+
+class _Layer(nn.Module):
+    options: _Attention
     mlp_width: int | None
     layer_norm: LayerNorm
     dropout_rate: float
@@ -228,8 +249,7 @@ class _Layer(nn.Module):
     def __call__(self, x, lengths, skips):
         has_attention_skip, has_mlp_skip = skips
         attention = _SelfAttention(
-            self.num_heads,
-            self.num_iters,
+            self.options,
             self.with_plans,
             self.dtype,
             self.mesh,
@@ -259,15 +279,15 @@ def _norm(x, dtype):
 
 
 class _SelfAttention(nn.Module):
-    num_heads: int
-    num_iters: int
+    options: _Attention
     with_plans: bool
     dtype: Any
     mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, lengths):
-        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        num_heads = self.options.num_heads
+        heads = (num_heads, x.shape[-1] // num_heads)
         # Without biases, so that pure attention is the recursion of pure_attention.py.
         project = lambda name: nn.DenseGeneral(
             heads, use_bias=False, dtype=self.dtype, name=name
@@ -279,7 +299,14 @@ class _SelfAttention(nn.Module):
         )(y)
         plan = None
         if self.with_plans:
-            plan = attention_plan(query, key, lengths, self.num_iters)
+            plan = attention_plan(
+                query,
+                key,
+                lengths,
+                self.options.num_iters,
+                finish=self.options.finish,
+                logit_scale=self.options.logit_scale,
+            )
         return out, plan
 
     def _attend(self, query, key, value, lengths):
@@ -288,7 +315,9 @@ class _SelfAttention(nn.Module):
                 query,
                 key,
                 value,
-                num_iters=self.num_iters,
+                num_iters=self.options.num_iters,
+                scale=self.options.logit_scale / math.sqrt(query.shape[-1]),
+                finish=self.options.finish,
                 query_seq_lengths=lengths,
                 key_value_seq_lengths=lengths,
             )
@@ -347,15 +376,19 @@ def attention_plan(
     key: Float[Array, "B T N H"],
     lengths: Int[Array, " B"] | None,
     num_iters: int,
+    *,
+    finish: Finish = "rows",
+    logit_scale: float = 1.0,
 ) -> Float[Array, "B N T T"]:
     """The matrix that `sinkhorn_attention` applies to the values, in float32."""
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key)
+    logits = logits * (logit_scale / math.sqrt(query.shape[-1]))
     if lengths is None:
-        return sinkhorn(logits, num_iters)
+        return sinkhorn(logits, num_iters, finish=finish)
     where = valid_tokens(lengths, query.shape[1])
     pairs = where[:, None, :, None] & where[:, None, None, :]  # [B, 1, T, T]
-    return sinkhorn(logits, num_iters, where=pairs)
+    return sinkhorn(logits, num_iters, where=pairs, finish=finish)
 
 
 def valid_tokens(lengths: Int[Array, " B"], seq_len: int) -> Bool[Array, "B T"]:

@@ -7,7 +7,7 @@ writes one HTML page that needs no other file: for every experiment what it asks
 findings with intervals and verdicts, figure, configuration, versions and commit. What
 was interrupted is run again by the same command, and what had ended is not.
 
-Reading what is committed takes a second. From nothing it takes 2.5 hours on 2 CPU
+Reading what is committed takes a second. From nothing it takes 3 hours on 2 CPU
 cores, most of it the training of `compare`; with --quick, small numbers throughout,
 some minutes.
 """
@@ -26,9 +26,13 @@ from . import (
     convergence,
     doubly_exponential,
     entropy,
+    iterations,
+    length,
     paths,
     rank_decay,
     report_page,
+    swap,
+    temperature,
 )
 
 RESULTS = pathlib.Path("experiments") / "results"
@@ -69,6 +73,10 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "paths": _plain(paths),
     "entropy": _plain(entropy),
     "convergence": _plain(convergence),
+    "iterations": _plain(iterations),
+    "swap": _plain(swap),
+    "temperature": _plain(temperature),
+    "length": _plain(length),
     "compare": Experiment(
         compare,
         tuple(compare.PRESETS[name] for name in ("digits", "fashion_mnist", "imdb")),

@@ -69,6 +69,34 @@ def map_and_add(
     return out, total
 
 
+def with_more_matrices(fn: Callable[..., Any], *arrays: Array) -> Any:
+    """`fn(*arrays)`, all with a leading axis of matrices: an axis of `vmap` is more.
+
+    For Pallas kernels, which would get the axis in front of their grid instead.
+    """
+
+    @custom_vmap
+    def call(*arrays):
+        return fn(*arrays)
+
+    @call.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        num = arrays[0].shape[int(in_batched[0])]
+        arrays = map(fold, arrays, in_batched)
+        out = jax.tree.map(
+            lambda x: x.reshape(axis_size, num, *x.shape[1:]),
+            with_more_matrices(fn, *arrays),
+        )
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call(*arrays)
+
+
 @custom_vmap
 def any_in_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     """Whether the flag is set for any matrix, over every axis that `vmap` hides.

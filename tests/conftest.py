@@ -1,6 +1,7 @@
 """Runs every test under jaxtyping's checks and JAX's strictest promotion rules."""
 
 import os
+from contextlib import nullcontext
 
 # Compilation is most of the suite's time. The flag changes LLVM's effort, not XLA's
 # graph; set XLA_FLAGS, to nothing for instance, to test fully optimised code.
@@ -34,14 +35,22 @@ def unchecked():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Tests over the table run the TPU kernels in the interpreter, or skip them."""
+    """Tests over the table run kernels where they can, or skip them.
+
+    Those for TPUs in the interpreter, those for GPUs on a GPU.
+    """
     callspec = getattr(pyfuncitem, "callspec", None)
-    if callspec is None or callspec.params.get("implementation") != "mosaic_tpu":
+    name = None if callspec is None else callspec.params.get("implementation")
+    if name not in ("mosaic_tpu", "mosaic_gpu"):
         return (yield)
+    if name == "mosaic_gpu" and jax.default_backend() != "gpu":
+        pytest.skip("a GPU's kernels are interpreted in tests of their own alone")
+    interpret = name == "mosaic_tpu"
+    params = pltpu.InterpretParams()
     try:
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        with pltpu.force_tpu_interpret_mode(params) if interpret else nullcontext():
             return (yield)
     except NotImplementedError as reason:
-        if "implementation='mosaic_tpu' cannot run here" not in str(reason):
+        if f"implementation={name!r} cannot run here" not in str(reason):
             raise
         pytest.skip(str(reason))

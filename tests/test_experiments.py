@@ -113,6 +113,35 @@ def test_the_plan_is_the_one_that_attention_applies(num_iters, key):
     np.testing.assert_allclose(defect[1], by_hand, atol=ATOL)
 
 
+@pytest.mark.parametrize(
+    "options", [{"finish": "columns"}, {"logit_scale": 0.25, "num_iters": 0}]
+)
+def test_the_encoder_reports_the_plan_that_it_applies(options):
+    pure = {"depth": 1, "layer_norm": "none", "has_mlp": False}
+    model = Encoder(**SMALL | pure | options)
+    tokens, lengths = np.arange(6, dtype=np.int32)[None], np.array([6], np.int32)
+    params = params_of(model)
+    _, (hidden, plans, _) = forward(model, params, tokens, lengths, has_skip=False)
+    kernels = {
+        name: np.asarray(layer["kernel"][0], np.float64)
+        for name, layer in params["layers"]["attention"].items()
+    }
+    x = np.asarray(hidden[0, 0], np.float64)
+    query, key, value = (
+        np.einsum("td,dnh->nth", x, kernels[name]) for name in ("query", "key", "value")
+    )
+    scale = options.get("logit_scale", 1.0) / 2.0  # The heads' dimension is 4.
+    expected = np.exp(scale * query @ key.swapaxes(1, 2))
+    expected /= expected.sum(axis=2, keepdims=True)
+    for _ in range(model.num_iters):
+        expected /= expected.sum(axis=2, keepdims=True)
+        expected /= expected.sum(axis=1, keepdims=True)
+    assert plans[0, 0].std() > 0.02
+    np.testing.assert_allclose(plans[0, 0], expected, atol=ATOL)
+    out = np.einsum("nts,nsh,nhd->td", expected, value, kernels["out"])
+    np.testing.assert_allclose(hidden[1, 0], out, atol=20 * ATOL)
+
+
 def split(key, num):
     return list(jax.random.split(key, num))
 
@@ -154,6 +183,8 @@ def test_the_mlp_adds_parameters_and_bad_models_are_refused():
         Encoder(**SMALL, layer_norm="before")
     with pytest.raises(ValueError, match="multiple of num_heads"):
         Encoder(**SMALL | {"num_heads": 3})
+    with pytest.raises(ValueError, match="needs num_iters of at least 1"):
+        Encoder(**SMALL | {"num_iters": 0}, finish="columns")
 
 
 # Training.
@@ -320,6 +351,7 @@ def test_rank_decay_from_its_options_to_its_files(tmp_path, capsys):
             assert np.shape(measured["relative_residual"]) == (2, 3)
             assert np.shape(measured["attention_entropy"]) == (2, 2)
             assert np.shape(measured["column_defect"]) == (2, 2)
+            np.testing.assert_allclose(measured["row_defect"], 0, atol=1e-5)
             assert all(np.isfinite(values).all() for values in measured.values())
             entropy = np.array(measured["attention_entropy"])
             assert (entropy <= loaded["data"]["max_entropy"] + ATOL).all()

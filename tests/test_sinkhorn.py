@@ -32,6 +32,7 @@ T, S = 5, 7
 SHAPE = (2, 3, T, S)
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+KERNELS = [name for name in IMPLEMENTATIONS if "mosaic" in name]
 
 
 def random(seed, shape, dtype="float64", scale=1.0):
@@ -151,8 +152,17 @@ def test_plans_are_equivariant_and_shift_invariant(implementation):
     chex.assert_trees_all_close(solve(logits + shift), plan, atol=1e-12)
 
 
-@implementations
-@pytest.mark.parametrize("num_iters", [10, 400])
+@pytest.mark.parametrize(
+    ("implementation", "num_iters"),
+    [
+        # The interpreter takes long for as many as 400.
+        pytest.param(
+            name, num, marks=[pytest.mark.slow] * (num == 400 and name in KERNELS)
+        )
+        for name in IMPLEMENTATIONS
+        for num in (10, 400)
+    ],
+)
 def test_hostile_logits_in_float32(implementation, num_iters):
     named = hostile_logits(16)
     logits = jnp.stack([jnp.asarray(x) for x in named.values()])

@@ -15,7 +15,7 @@ from .._domain import accum_dtype
 from .._gradient import Exact, Gradient
 from .._iteration import Finish
 from .._options import Options
-from . import _reference, _scaling
+from . import _mosaic_gpu, _mosaic_tpu, _reference, _scaling
 from ._problem import Potentials, Problem
 
 
@@ -30,6 +30,16 @@ class Solver(NamedTuple):
 # benchmarks read this table, so a new implementation is its module and a line here.
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
+        "mosaic_gpu": Implementation(
+            Solver(_mosaic_gpu.plan, _mosaic_gpu.potentials),
+            _mosaic_gpu.why_not,
+            _mosaic_gpu.prefer,
+        ),
+        "mosaic_tpu": Implementation(
+            Solver(_mosaic_tpu.plan, _mosaic_tpu.potentials),
+            _mosaic_tpu.why_not,
+            _mosaic_tpu.prefer,
+        ),
         "scaling": Implementation(
             Solver(_scaling.plan, _scaling.potentials),
             _scaling.why_not,
@@ -87,7 +97,10 @@ def sinkhorn(
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
         implementation: "scaling" (the default) is fast and has a closed-form gradient,
             reverse mode only; "reference" is a log-space scan for forward mode,
-            Hessians and any other transform.
+            Hessians and any other transform. "mosaic_tpu" and "mosaic_gpu"
+            are Pallas kernels for TPUs and NVIDIA GPUs from Hopper on: for many
+            matrices of at most 16 rows and columns in float32 or bfloat16, with `Exact`
+            and no tolerance, in reverse mode only; not measured on either yet.
 
     Returns:
         The plan, in the shape and dtype of the logits. Computed in float32 at least.

@@ -18,8 +18,10 @@ from ._measures import attention_entropy as attention_entropy
 from ._measures import effective_rank as effective_rank
 from ._measures import relative_residual as relative_residual
 from ._measures import residual as residual
-from ._measures import residual_over_depth as residual_over_depth
 from ._measures import stable_rank as stable_rank
+from ._over_depth import Measures as Measures
+from ._over_depth import measures_over_depth as measures_over_depth
+from ._over_depth import residual_over_depth as residual_over_depth
 from ._rates import convergence_rate as convergence_rate
 from ._rates import iterations_to_reduce as iterations_to_reduce
 from ._rates import remaining_error as remaining_error

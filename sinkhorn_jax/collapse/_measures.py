@@ -6,15 +6,14 @@ if none counts. Gradients are finite for finite input; each docstring says what 
 in where there is no derivative. Magnitudes below the smallest normal number count as 0.
 """
 
-import functools
-from typing import Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 Norm = Literal["fro", "spectral", "1inf"]
+NORMS: Final[tuple[Norm, ...]] = get_args(Norm)
 
 
 def residual(
@@ -63,13 +62,12 @@ def relative_residual(
     Reference:
         Dong et al., 2021. https://arxiv.org/abs/2103.03404
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"Unknown norm {norm!r}; expected one of {get_args(Norm)}.")
-    x, where = prepare("x", x, where)
-    x, _, is_zero = _to_unit(x)
-    res, res_scale, res_is_zero = _to_unit(_residual(x, where))
-    ratio = res_scale * _norm(res, norm) / _norm(x, norm)
-    return jnp.where(is_zero | res_is_zero, 0.0, ratio)
+    if norm not in NORMS:
+        raise ValueError(f"Unknown norm {norm!r}; expected one of {NORMS}.")
+    unit, res = _with_residual(x, where)
+    needs_values = norm == "spectral"
+    s, res_s = (_values(m) if needs_values else None for m in (unit, res))
+    return _relative_residual(norm, unit, s, res, res_s)
 
 
 def stable_rank(
@@ -93,10 +91,8 @@ def stable_rank(
     Reference:
         Rudelson and Vershynin, 2007. https://arxiv.org/abs/math/0503442
     """
-    x, _ = prepare("x", x, where)
-    x, _, is_zero = _to_unit(x)
-    ratio = jnp.square(_norm(x, "fro") / _norm(x, "spectral"))
-    return jnp.where(is_zero, 0.0, ratio)
+    unit = _to_unit(prepare("x", x, where)[0])
+    return _stable_rank(unit, _values(unit))
 
 
 def effective_rank(
@@ -121,15 +117,8 @@ def effective_rank(
     Reference:
         Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
-    x, _ = prepare("x", x, where)
-    x, _, is_zero = _to_unit(x)
-    s = jnp.linalg.svdvals(x)  # [..., min(T, D)]
-    # The value keeps what lies below: in float32 at 256 x 256, rounding alone adds less
-    # than 1e-3, but as many genuine values just under the floor are worth 8%.
-    floor = max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps) * s[..., :1]
-    s = jnp.where(s < floor, lax.stop_gradient(s), s)
-    rank = jnp.exp(_entropy(s / s.sum(axis=-1, keepdims=True)))
-    return jnp.where(is_zero, 0.0, rank)
+    unit = _to_unit(prepare("x", x, where)[0])
+    return _effective_rank(unit, _values(unit))
 
 
 def attention_entropy(
@@ -156,38 +145,35 @@ def attention_entropy(
     """
     plan, _ = prepare("plan", plan, where)
     # Each row is its own matrix [1, S], so that rows of any magnitude count alike.
-    p, _, is_empty = _to_unit(plan[..., None, :])  # Excluded rows are zeros, so empty.
+    unit = _to_unit(plan[..., None, :])  # Excluded rows are zeros.
+    p, is_empty = unit.x, unit.is_zero
     p = jnp.where(p == 0.0, 0.0, p)[..., 0, :]  # Cuts the gradient at zeros.
     entropy = jnp.where(is_empty, 0.0, _entropy(p / p.sum(axis=-1, keepdims=True)))
     num_rows = jnp.sum(~is_empty, axis=-1).astype(plan.dtype)
     return entropy.sum(axis=-1) / jnp.maximum(num_rows, 1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("norm",))
-def residual_over_depth(
-    hidden_states: Float[Array, "L *B T D"],
-    norm: Norm = "fro",
-    where: Bool[Array, "*#B T"] | None = None,
-) -> Float[Array, " L *B"]:
-    """`relative_residual` of every layer: the curve of rank collapse over depth.
+class TokenMeasures(NamedTuple):
+    """All measures of tokens."""
 
-    Args:
-        hidden_states: Tokens after each of L layers, stacked.
-        norm: As in `relative_residual`.
-        where: True where a token counts, in all layers alike.
+    relative_residual: dict[Norm, Array]
+    stable_rank: Array
+    effective_rank: Array
 
-    Returns:
-        The ratios, layers first.
 
-    Raises:
-        TypeError, ValueError: As `relative_residual`, or the depth axis is missing.
+def of_tokens(x: Array, where: Array | None = None) -> TokenMeasures:
+    """What the functions above give one by one, from one SVD of x and one of its rest.
+
+    The spectral norms and both ranks are functions of singular values, which take
+    nearly all of the time.
     """
-    if hidden_states.ndim < 3:
-        raise ValueError(
-            f"hidden_states must be (depth, ..., T, D), got {hidden_states.shape}: its "
-            "first axis counts layers. For one layer use relative_residual."
-        )
-    return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
+    unit, res = _with_residual(x, where)
+    s, res_s = _values(unit), _values(res)
+    return TokenMeasures(
+        {norm: _relative_residual(norm, unit, s, res, res_s) for norm in NORMS},
+        _stable_rank(unit, s),
+        _effective_rank(unit, s),
+    )
 
 
 def prepare(name, x, where):
@@ -225,6 +211,20 @@ def prepare(name, x, where):
     return jnp.where(where[..., None], x, 0.0), where
 
 
+class _Unit(NamedTuple):
+    """Matrices over a scale near their largest entry; ones where they are all 0."""
+
+    x: Array
+    scale: Array
+    is_zero: Array
+
+
+def _with_residual(x, where):
+    x, where = prepare("x", x, where)
+    unit = _to_unit(x)
+    return unit, _to_unit(_residual(unit.x, where))
+
+
 def _residual(x, where):
     where = where[..., None]  # [..., T, 1]
     count = jnp.maximum(where.sum(axis=-2, keepdims=True), 1).astype(x.dtype)
@@ -239,7 +239,6 @@ def _residual(x, where):
 
 
 def _to_unit(x):
-    """Matrices over a scale near their largest entry, it, and whether they are 0."""
     # Squares then neither overflow nor vanish. A power of two rounds nothing, so equal
     # tokens stay equal in every fusion. It may be a constant to derivatives: no result
     # depends on it. Ones replace zero matrices, so that callers can divide and take
@@ -252,7 +251,27 @@ def _to_unit(x):
     exponent = jnp.minimum(exponent, int(info.maxexp) - 1) - 1
     scale = jnp.ldexp(jnp.ones_like(largest), exponent)
     unit = jnp.where(is_zero[..., None, None], 1.0, x / scale[..., None, None])
-    return unit, scale, is_zero
+    return _Unit(unit, scale, is_zero)
+
+
+# Below, s are the singular values; of the norms only the spectral one needs them.
+def _relative_residual(norm, unit, s, res, res_s):
+    ratio = res.scale * _norm(norm, res.x, res_s) / _norm(norm, unit.x, s)
+    return jnp.where(unit.is_zero | res.is_zero, 0.0, ratio)
+
+
+def _stable_rank(unit, s):
+    ratio = jnp.square(_norm("fro", unit.x, s) / _norm("spectral", unit.x, s))
+    return jnp.where(unit.is_zero, 0.0, ratio)
+
+
+def _effective_rank(unit, s):
+    # The value keeps what lies below: in float32 at 256 x 256, rounding alone adds less
+    # than 1e-3, but as many genuine values just under the floor are worth 8%.
+    floor = max(unit.x.shape[-2:]) * float(jnp.finfo(s.dtype).eps) * s[..., :1]
+    s = jnp.where(s < floor, lax.stop_gradient(s), s)
+    rank = jnp.exp(_entropy(s / s.sum(axis=-1, keepdims=True)))
+    return jnp.where(unit.is_zero, 0.0, rank)
 
 
 # Singular values alone have the derivative d sigma = diag(U^T dX V), free of the
@@ -261,9 +280,13 @@ def _to_unit(x):
 # U diag(h'(sigma)) V^T. JAX's rule for svdvals is this one, and computes vectors only
 # when differentiated. Eigenvalues of x^T x would square the condition number, losing
 # in float32 all below 3e-4 of the largest, and took as long (256 x 256, CPU).
-def _norm(x, norm):
+def _values(unit):
+    return jnp.linalg.svdvals(unit.x)  # [..., min(T, D)]
+
+
+def _norm(norm, x, s):
     if norm == "spectral":
-        return jnp.linalg.svdvals(x)[..., 0]
+        return s[..., 0]
     if norm == "fro":
         return jnp.sqrt(jnp.square(x).sum(axis=(-2, -1)))
     size = jnp.abs(x)

@@ -1,0 +1,121 @@
+"""Measures of every layer in one call."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from ._measures import Norm, attention_entropy, of_tokens, relative_residual
+
+
+class Measures(NamedTuple):
+    """Every measure of every layer, layers first. A pytree."""
+
+    relative_residual: dict[Norm, Float[Array, " L *B"]]  # By norm.
+    stable_rank: Float[Array, " L *B"]
+    effective_rank: Float[Array, " L *B"]
+    attention_entropy: Float[Array, " K *P"] | None  # None without plans.
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def measures_over_depth(
+    hidden_states: Float[Array, "L *B T D"],
+    plans: Float[Array, "K *P T S"] | None = None,
+    where: Bool[Array, "*#B T"] | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Measures:
+    """All measures of all layers, with two SVDs a matrix: of it and of its residual.
+
+    The functions of the same names give the same one by one, but each needs an SVD of
+    its own. Batch axes are vectorised and layers come one after another in one compiled
+    loop: the temporary memory is that of one layer, whatever the depth.
+
+    Args:
+        hidden_states: Tokens after each of L layers, stacked.
+        plans: Attention weights of K layers, stacked; K may differ from L, as where the
+            first hidden state is the embedding. Batch axes beyond those of the hidden
+            states, such as heads, stand right before the last two.
+        where: True where a token counts, in all layers alike, and where the row of a
+            plan does, in all heads alike.
+        dtype: What to compute in and to return; None is as in the single functions.
+            Layers are converted one by one, so that float64, which needs
+            `jax.enable_x64`, takes no wider copy of all of them.
+
+    Returns:
+        The measures; `relative_residual` in each norm.
+
+    Raises:
+        TypeError, ValueError: As the single functions, or the depth axis is missing, or
+            `dtype` is not float32 or float64, or is float64 without x64.
+    """
+    _check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
+    cast = _cast_to(dtype)
+    tokens = lax.map(lambda x: of_tokens(cast(x), where), hidden_states)
+    if plans is None:
+        return Measures(*tokens, attention_entropy=None)
+    _check_depth("plans", plans, "Use plan[None] for a single layer.")
+    num_heads_axes = plans.ndim - hidden_states.ndim
+    if num_heads_axes < 0:
+        raise ValueError(
+            f"plans must have the batch axes of the hidden states, got {plans.shape} "
+            f"with {hidden_states.shape}: `where` holds for both. Give the plans axes "
+            "of length 1 where they have none."
+        )
+    rows = where
+    if where is not None and where.ndim > 1:
+        new_axes = tuple(range(-1 - num_heads_axes, -1))
+        rows = jnp.expand_dims(where, new_axes)
+    entropy = lax.map(lambda p: attention_entropy(cast(p), rows), plans)
+    return Measures(*tokens, attention_entropy=entropy)
+
+
+@functools.partial(jax.jit, static_argnames=("norm",))
+def residual_over_depth(
+    hidden_states: Float[Array, "L *B T D"],
+    norm: Norm = "fro",
+    where: Bool[Array, "*#B T"] | None = None,
+) -> Float[Array, " L *B"]:
+    """`relative_residual` of every layer: the curve of rank collapse over depth.
+
+    Args:
+        hidden_states: Tokens after each of L layers, stacked.
+        norm: As in `relative_residual`.
+        where: True where a token counts, in all layers alike.
+
+    Returns:
+        The ratios, layers first.
+
+    Raises:
+        TypeError, ValueError: As `relative_residual`, or the depth axis is missing.
+    """
+    _check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
+    return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
+
+
+def _check_depth(name, x, instead):
+    if x.ndim < 3:
+        raise ValueError(
+            f"{name} must be (depth, ..., rows, columns), got {x.shape}: its first "
+            f"axis counts layers. {instead}"
+        )
+
+
+def _cast_to(dtype):
+    if dtype is None:
+        return lambda x: x
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"dtype must be float32 or float64, got {dtype}: singular values are not "
+            "computed in others. None takes the narrowest that holds the input."
+        )
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise ValueError(
+            "dtype=float64 was asked for, but JAX has no float64 now: it would give "
+            "float32. Call within `with jax.enable_x64(True):`."
+        )
+    return lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
