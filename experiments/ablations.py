@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import ablations_figure, answer
 from .ablations_figure import PLACES
 from .cells import Cells
-from .findings import Finding, Interval, difference, interval, verdict
+from .findings import Finding, Interval, interval, paired, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR, NORMS
 from .models import LayerNorm
 from .review_networks import (
@@ -141,7 +141,7 @@ def findings(result: dict[str, Any]) -> list[Finding]:
     found = []
     for mlp, place in settings:
         gains = {
-            n: difference(last[True, mlp, place, n], last[False, mlp, place, n])
+            n: paired(last[True, mlp, place, n], last[False, mlp, place, n])
             for n in normalisers
         }
         claim = (
@@ -154,7 +154,7 @@ def findings(result: dict[str, Any]) -> list[Finding]:
         for n in normalisers[1:]:
             ours = runs[True, mlp, place, n]
             gains = {
-                norm: difference(last_log10(ours, norm), last_log10(softmax, norm))
+                norm: paired(last_log10(ours, norm), last_log10(softmax, norm))
                 for norm in NORMS
             }
             others = ", ".join(f"{m} {gains[m].text(2)}" for m in NORMS[1:])
@@ -164,7 +164,7 @@ def findings(result: dict[str, Any]) -> list[Finding]:
             )
             text = (
                 f"{RESIDUAL}: {interval(last_log10(ours)).text(2)} against "
-                f"{interval(last_log10(softmax)).text(2)}, a difference of "
+                f"{interval(last_log10(softmax)).text(2)}, a difference by seed of "
                 f"{gains['fro'].text(2)}; in the other norms {others}."
             )
             found.append(Finding(claim=claim, verdict=verdict(gains["fro"]), text=text))
@@ -184,7 +184,7 @@ def findings(result: dict[str, Any]) -> list[Finding]:
     for first, second in itertools.pairwise(places):
         for mlp in (True, False):
             gains = {
-                n: difference(last[True, mlp, second, n], last[True, mlp, first, n])
+                n: paired(last[True, mlp, second, n], last[True, mlp, first, n])
                 for n in normalisers
             }
             claim = (

@@ -70,6 +70,14 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     return Interval(mean, float(width))
 
 
+def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Of the mean of `first` less `second`, seed by seed.
+
+    For networks whose equal seeds have equal parameters at the start and equal batches.
+    """
+    return interval(np.subtract(first, second))
+
+
 def verdict(interval: Interval, threshold: float = 0.0) -> Verdict:
     """Whether a claim that a quantity exceeds `threshold` is borne out.
 
@@ -100,7 +108,7 @@ def by_seed(
         second: The same seeds.
         names: What follows the mean of each in the text.
     """
-    gain = interval(np.subtract(first, second))
+    gain = paired(first, second)
     return Finding(
         claim=claim,
         verdict=verdict(gain),

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from . import rank_decay_figure, record
 from .cells import Cells
-from .findings import Finding, difference, interval, verdict
+from .findings import Finding, interval, paired, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR
 from .models import LayerNorm
 from .review_networks import (
@@ -164,12 +164,12 @@ def findings(result: dict) -> list[Finding]:
             if (key := (f"no skip, {mlp}", normaliser)) not in last:
                 continue  # It is the pure attention.
             skip = last[f"skip, {mlp}", normaliser]
-            gain = difference(skip, last[key])
+            gain = paired(skip, last[key])
             claim = f"skip connections preserve rank ({normaliser}, {mlp})"
             found.append(_of_residuals(claim, skip, last[key], gain, "without"))
     for mlp in ("MLP", "no MLP"):
         softmax, ours = (last[f"skip, {mlp}", n] for n in ("softmax", "Sinkhorn"))
-        gain = difference(ours, softmax)
+        gain = paired(ours, softmax)
         claim = f"Sinkhorn preserves rank better than softmax (skip, {mlp})"
         found.append(_of_residuals(claim, ours, softmax, gain, "for softmax"))
     for normaliser in ("softmax", "Sinkhorn"):
@@ -199,7 +199,7 @@ def _of_residuals(claim, first, second, gain, other):
         text=(
             "Decimal logarithm of the relative residual, last layer, trained: "
             f"{interval(first).text(2)} against {interval(second).text(2)} {other}, a "
-            f"difference of {gain.text(2)}."
+            f"difference by seed of {gain.text(2)}."
         ),
     )
 
