@@ -1,4 +1,4 @@
-"""The time of all measures of collapse: a smoke run."""
+"""The time of all measures of collapse: a smoke run, the committed result."""
 
 import json
 
@@ -39,3 +39,15 @@ def test_a_smoke_run(tmp_path, capsys):
 def test_there_is_no_median_of_no_rounds():
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measures.Config(repeats=0)
+
+
+def test_committed_results_hold_the_measures_to_twice_the_least():
+    paths = list(measures.RESULTS.glob("*.json"))
+    assert paths
+    for path in paths:
+        row = json.loads(path.read_text())
+        shape = ("num_layers", "batch_size", "num_tokens", "num_features")
+        assert [row[name] for name in shape] == [64, 8, 256, 256]
+        assert not row["commit"].endswith("-dirty")
+        assert row["processor_ratio"] <= 2
+        assert row["temp_mib"]["measures"] < 0.1 * row["input_mib"]
