@@ -14,7 +14,7 @@ and the processor's in all threads of the process, to which waiting is nothing.
 The ratio of a round is the call's time over the least's. Memory is what the compiled
 programs declare as temporary; inputs and outputs are not in it.
 
-Takes 20 minutes on 2 busy CPU cores, nearly all in the SVD.
+Takes a minute on 2 CPU cores, nearly all of it in the SVD.
 """
 
 import dataclasses

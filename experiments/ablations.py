@@ -10,8 +10,16 @@ preserves rank, whatever surrounds them, that Sinkhorn preserves it better than 
 softmax where there are skip connections, and more so with more iterations, and asks
 what the place of LayerNorm does.
 
-Takes HOURS on 2 CPU cores, with --quick a minute. Each network is written to a file of
-its own when it ends: the same command goes on where it was interrupted.
+Takes an hour on 2 CPU cores, with --quick a minute. Each network is written to a file
+of its own when it ends: the same command goes on where it was interrupted. As measured,
+in the last of 6 layers after training:
+
+* Skip connections decide, with and without MLPs, wherever LayerNorm is and under every
+  normaliser: without them rounding of float32 is left.
+* Sinkhorn preserves more than the softmax in one place of six, with LayerNorm after the
+  sum and without MLPs. Elsewhere the two do not differ beyond the seeds.
+* The first iteration has the whole of that effect.
+* LayerNorm before attention and MLP loses rank against none, under every normaliser.
 
 After Dong et al. 2021, https://arxiv.org/abs/2103.03404, and Lapenna et al. 2026,
 https://arxiv.org/abs/2604.07925.
