@@ -86,7 +86,10 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
 
 # What the README shows: a result and a claim of it.
 HIGHLIGHTS: Final = (
-    ("rank_decay", "skip connections preserve rank (Sinkhorn, MLP)"),
+    (
+        "ablations",
+        "skip connections preserve rank, whatever the normaliser (MLP, pre-LayerNorm)",
+    ),
     (
         "doubly_exponential",
         "The logarithm of the residual triples from layer to layer "
@@ -100,7 +103,17 @@ HIGHLIGHTS: Final = (
         )
         for name in ("digits", "fashion_mnist", "imdb")
     ),
-    ("rank_decay", "Sinkhorn preserves rank better than softmax (skip, no MLP)"),
+    (
+        "ablations",
+        "Sinkhorn, 10, preserves rank better than softmax (skip, MLP, pre-LayerNorm)",
+    ),
+    ("length", "Sinkhorn preserves rank better than softmax (64 tokens)"),
+    ("iterations", "2 half steps preserve rank better than softmax (digits)"),
+    (
+        "temperature",
+        "Sinkhorn preserves rank better than softmax trained to the same entropy",
+    ),
+    ("swap", "swapping softmax for Sinkhorn, 10 after training preserves rank better"),
     (
         "entropy",
         "Sinkhorn attention keeps more of its entropy in training (rate 0.01)",
