@@ -15,13 +15,16 @@ from .._domain import accum_dtype
 from .._gradient import Exact, Gradient
 from .._iteration import Finish
 from .._options import Options
-from . import _mosaic_tpu, _reference, _scaling, _streaming
+from . import _mosaic_gpu, _mosaic_tpu, _reference, _scaling, _streaming
 from ._problem import Operands, Problem
 
 # In order of preference. "reference" runs everywhere and stays last. The tests and the
 # benchmarks read this table, so a new implementation is its module and a line here.
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
+        "mosaic_gpu": Implementation(
+            _mosaic_gpu.attend, _mosaic_gpu.why_not, _mosaic_gpu.prefer
+        ),
         "mosaic_tpu": Implementation(
             _mosaic_tpu.attend, _mosaic_tpu.why_not, _mosaic_tpu.prefer
         ),

@@ -1,0 +1,165 @@
+"""Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
+
+A program has a strip of rows and passes over all columns, tile by tile; nothing of size
+(T, S) is stored. One pass is one launch, because column sums cross programs: each
+program writes its share, and the shares are added in one order, so that results repeat
+to the bit. A pass of the iteration makes every entry of the plan once, where shared
+memory holds a strip of it (up to about 700 keys), and twice beyond.
+
+Products of queries and keys are exact in float32, as are potentials and sums. Products
+of the plan are in the inputs' dtype with sums in float32, as in flash attention.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._gradient import Exact
+from ._mosaic_gpu_backward import backward
+from ._mosaic_gpu_blocks import (
+    MAX_HEAD_DIM,
+    MAX_ITERS,
+    Blocks,
+    default_blocks,
+    padded_dim,
+)
+from ._mosaic_gpu_forward import Operands as Padded
+from ._mosaic_gpu_forward import forward
+from ._problem import Operands, Problem, vary_alike
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attend(
+    problem: Problem, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """Output and, on request, marginal error."""
+    operands = vary_alike(operands)
+    rows = _valid(problem.batch, problem.t, operands.query_valid)
+    cols = _valid(problem.batch, problem.s, operands.key_valid)
+    # Rows without columns are padding, and the other way round.
+    rows, cols = rows & cols.any(axis=1)[:, None], cols & rows.any(axis=1)[:, None]
+    return _attend(
+        problem,
+        default_blocks(problem),
+        rows,
+        cols,
+        operands.query,
+        operands.key,
+        operands.value,
+    )
+
+
+def why_not(problem: Problem) -> str | None:
+    """It takes what its kernels were written for, and says what that is."""
+    if problem.dtype not in (jnp.bfloat16, jnp.float16):
+        return (
+            f"a GPU kernel takes bfloat16 and float16, got {problem.dtype}: the tensor "
+            "cores would round it; 'scaling' and 'streaming' do not"
+        )
+    if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
+        return (
+            f"it takes head dimensions up to {MAX_HEAD_DIM}, got {problem.head_dim} "
+            f"and {problem.value_dim} of the values"
+        )
+    if problem.options.num_iters > MAX_ITERS:
+        return f"it takes {MAX_ITERS} iterations, got {problem.options.num_iters}"
+    if problem.has_bias or problem.has_mask:
+        name = "bias" if problem.has_bias else "mask"
+        return f"it takes sequence lengths but no {name}"
+    if problem.dropout_rate > 0:
+        return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
+    if problem.options.finish != "rows":
+        return f"it takes finish='rows', got {problem.options.finish!r}"
+    if not isinstance(problem.options.gradient, Exact):
+        return f"it takes gradient=Exact(), got {problem.options.gradient}"
+    return None
+
+
+def prefer(problem: Problem, platform: str) -> bool:
+    """Not unasked: it was lowered for GPUs but not measured on one."""
+    del problem, platform
+    return False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(problem, blocks, rows, cols, query, key, value):
+    return _attend_fwd(problem, blocks, rows, cols, query, key, value)[0]
+
+
+def _attend_fwd(problem, blocks, rows, cols, query, key, value):
+    padded = _pad(problem, blocks, rows, cols, query, key, value)
+    out, error, history = forward(problem, blocks, padded)
+    if error is not None:
+        error = error.reshape(problem.batch, problem.num_heads)
+    result = _join(problem, out, problem.t, problem.value_dim).astype(problem.dtype)
+    return (result, error), (rows, cols, query, key, value, out, history)
+
+
+def _attend_bwd(problem, blocks, residuals, cotangents):
+    rows, cols, query, key, value, out, history = residuals
+    dout, _ = cotangents  # The marginal error is not differentiated.
+    dout, size = _to_unit(dout)
+    padded = _pad(problem, blocks, rows, cols, query, key, value)
+    dout = _split(dout, blocks.rows)
+    dq, dk, dv = backward(problem, blocks, padded, history, out, dout)
+    dq = _join(problem, dq, problem.t, problem.head_dim) * size
+
+    def of_key_heads(x, dim):
+        groups = problem.num_heads // problem.num_key_heads
+        x = _join(problem, x, problem.s, dim) * size
+        return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
+
+    dk, dv = of_key_heads(dk, problem.head_dim), of_key_heads(dv, problem.value_dim)
+    return None, None, *(x.astype(problem.dtype) for x in (dq, dk, dv))
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _valid(batch, length, valid):
+    return jnp.ones((batch, length), jnp.bool_) if valid is None else valid
+
+
+def _pad(problem, blocks, rows, cols, query, key, value):
+    def of_heads(valid, length):
+        valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
+        return jnp.repeat(valid, problem.num_heads, axis=0)
+
+    return Padded(
+        _split(query, blocks.rows),
+        _split(key, blocks.cols),
+        _split(value, blocks.cols),
+        of_heads(rows, blocks.rows),
+        of_heads(cols, blocks.cols),
+    )
+
+
+def _split(x, length):
+    """Heads in front, and zeros for what a tile has more."""
+    x = jnp.swapaxes(x, 1, 2)
+    x = x.reshape(-1, *x.shape[2:])
+    more = length - x.shape[1], padded_dim(x.shape[2]) - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])))
+
+
+def _join(problem, x, length, dim):
+    x = x[:, :length, :dim]
+    return jnp.swapaxes(x.reshape(problem.batch, -1, *x.shape[1:]), 1, 2)
+
+
+def _to_unit(dout):
+    """Cotangents of order 1, and what they were divided by, for every head.
+
+    The pull-back is linear; a large cotangent must not take factors out of range, and a
+    small one must not be lost in float16. A power of 2 rounds nothing.
+    """
+    top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
+    # Two halves: a subnormal cotangent has no finite reciprocal.
+    half = exponent // 2
+    x = dout.astype(jnp.float32)
+    for part in (half, exponent - half):
+        x = x * jnp.ldexp(jnp.float32(1), -part)
+    return x.astype(dout.dtype), jnp.ldexp(jnp.float32(1), exponent)

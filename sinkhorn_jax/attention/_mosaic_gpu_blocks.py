@@ -1,0 +1,95 @@
+"""How the GPU kernels cut a head: tiles, and what shared memory they take."""
+
+import dataclasses
+from typing import Final
+
+from ._problem import Problem
+
+# Bytes that a block of threads may have on Hopper, less what reductions and barriers
+# take.
+SHARED_MEMORY: Final = 227 * 2**10 - 2**12
+MAX_HEAD_DIM: Final = 128  # More, and the accumulators of a tile leave the registers.
+# The last pass of the gradient keeps the potentials of all iterations at a tile.
+MAX_ITERS: Final = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """Lengths in a kernel. They change speed, never results beyond rounding.
+
+    Attributes:
+        tile: Queries and keys in a tile, which is square: one warpgroup has it.
+        num_row_tiles: Tiles that cover all queries.
+        num_col_tiles: Tiles that cover all keys.
+        is_held: Whether the kernel matrix of a strip stays in shared memory between
+            the sums over its rows and those over its columns. Otherwise it is made
+            twice.
+    """
+
+    tile: int
+    num_row_tiles: int
+    num_col_tiles: int
+    is_held: bool
+
+    def __post_init__(self):
+        if self.tile != 64:
+            raise ValueError(
+                f"Blocks.tile must be 64, got {self.tile}: a warpgroup's matrix "
+                "product has 64 rows, and either side of a tile becomes its rows."
+            )
+        for name in ("num_row_tiles", "num_col_tiles"):
+            if (count := getattr(self, name)) < 1:
+                raise ValueError(f"Blocks.{name} must be at least 1, got {count}.")
+
+    @property
+    def rows(self) -> int:
+        """Queries, padded."""
+        return self.tile * self.num_row_tiles
+
+    @property
+    def cols(self) -> int:
+        """Keys, padded."""
+        return self.tile * self.num_col_tiles
+
+
+def default_blocks(problem: Problem) -> Blocks:
+    """Tiles that cover the problem; strips are held where shared memory allows."""
+    tile = 64
+    blocks = Blocks(
+        tile=tile,
+        num_row_tiles=-(-problem.t // tile),
+        num_col_tiles=-(-problem.s // tile),
+        is_held=True,
+    )
+    fits = sweep_bytes(problem, blocks) <= SHARED_MEMORY
+    return dataclasses.replace(blocks, is_held=fits)
+
+
+def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
+    """What a pass over one strip needs of shared memory."""
+    h = padded_dim(problem.head_dim)
+    operand = problem.dtype.itemsize * blocks.tile * h
+    vectors = 4 * blocks.tile * 5
+    held = 4 * blocks.tile * blocks.cols if blocks.is_held else 0
+    return 3 * operand + vectors + held
+
+
+def pull_back_slots(problem: Problem, tile: int) -> int:
+    """Tiles under way at once in the last pass of the gradient: 2, or 1 for room."""
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    itemsize = problem.dtype.itemsize
+    vectors = 8 * tile * num_steps(problem.options.num_iters)
+    once = itemsize * tile * (h + d + 2 * tile) + vectors
+    at_once = itemsize * tile * (2 * h + 2 * d) + vectors
+    return 2 if once + 2 * at_once <= SHARED_MEMORY else 1
+
+
+def padded_dim(head_dim: int) -> int:
+    """A head dimension with the zeros that fill up rows of a swizzled tile."""
+    return -(-head_dim // 64) * 64
+
+
+def num_steps(num_iters: int) -> int:
+    """Half steps whose plans the gradient needs, two of one iteration as one."""
+    # Row step 0 and column step 1 are far from the others, and from each other.
+    return num_iters + 2 if num_iters else 1

@@ -1,0 +1,212 @@
+"""What the forward and the backward GPU kernels do alike with a tile, and with a strip.
+
+The first part are plain functions of arrays. The second part moves tiles: a block of
+threads is one warpgroup, which has some rows and goes over all columns tile by tile.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+# A reference to memory inside a kernel. Pallas has no public type for one.
+Ref = Any
+Carry = TypeVar("Carry")
+
+TILE: Final = plgpu.Layout.WGMMA  # How a warpgroup's registers hold a tile,
+ROWS: Final = TILE.reduce(1)  # a number for each row of it,
+COLS: Final = TILE.reduce(0)  # and for each column.
+
+
+def along_rows(x: Float[Array, " I"], like: Float[Array, "I J"]) -> Float[Array, "I J"]:
+    """A number for each row, in all columns."""
+    # By way of a column of one, as indexing does it, a tile has no layout.
+    return jax.lax.broadcast_in_dim(x, like.shape, (0,))
+
+
+def along_cols(x: Float[Array, " J"], like: Float[Array, "I J"]) -> Float[Array, "I J"]:
+    """A number for each column, in all rows."""
+    return jax.lax.broadcast_in_dim(x, like.shape, (1,))
+
+
+def kernel_of(
+    products: Float[Array, "I J"],
+    f: Float[Array, " I"],
+    g: Float[Array, " J"],
+    scale: float,
+) -> Float[Array, "I J"]:
+    """exp(logits + f + g); a potential of -inf makes padding of its row or column."""
+    logits = products * jnp.float32(scale)
+    return jnp.exp((logits + along_rows(f, logits)) + along_cols(g, logits))
+
+
+def log_sum(
+    carry: tuple[Float[Array, " I"], Float[Array, " I"]],
+    products: Float[Array, "I J"],
+    g: Float[Array, " J"],
+    scale: float,
+) -> tuple[Float[Array, " I"], Float[Array, " I"]]:
+    """Row maxima and sums under them, with another tile; start from least and 0."""
+    top, total = carry
+    x = products * jnp.float32(scale)
+    x = x + along_cols(g, x)
+    next_top = jnp.maximum(top, x.max(axis=1))
+    more = jnp.exp(x - along_rows(next_top, x)).sum(axis=1)
+    return next_top, total * jnp.exp(top - next_top) + more
+
+
+def weighted(
+    kernel: Float[Array, "I J"], left: Float[Array, " I"], right: Float[Array, " J"]
+) -> Float[Array, "I J"]:
+    """A row step's and a column step's share of the cotangent of the logits."""
+    return kernel * (along_rows(left, kernel) + along_cols(right, kernel))
+
+
+def row_sums(kernel: Float[Array, "I J"], weights: Float[Array, " J"]):
+    """Of the columns, weighted; not on the tensor cores, which would round them."""
+    return (kernel * along_cols(weights, kernel)).sum(axis=1)
+
+
+def col_sums(kernel: Float[Array, "I J"], weights: Float[Array, " I"]):
+    """Of the rows, weighted; as `row_sums`."""
+    return (kernel * along_rows(weights, kernel)).sum(axis=0)
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """0 for padding, which is where the sum is 0 and nowhere else."""
+    return jnp.where(x == 0, jnp.float32(0), 1 / jnp.where(x == 0, jnp.float32(1), x))
+
+
+def operand(*shape: int, dtype: jnp.dtype) -> Any:
+    """Shared memory for what the tensor cores multiply, in their order."""
+    width = min(64, shape[-1])
+    swizzle = width * dtype.itemsize
+    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def product(x_ref: Ref, y_ref: Ref) -> Float[Array, "I J"]:
+    """Of two operands in shared memory; it is there when this returns."""
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, x_ref, y_ref)
+        return acc_ref[...]  # Waits for the tensor cores.
+
+    shape = x_ref.shape[0], y_ref.shape[1]
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(acc_ref: Ref, x: Float[Array, "I J"], x_ref: Ref, y_ref: Ref) -> None:
+    """Add the product of `x`, rounded to the dtype of `x_ref`, and `y_ref`."""
+    x_ref[...] = x.astype(x_ref.dtype)
+    # Ordinary writes become visible to the tensor cores, for all threads.
+    plgpu.commit_smem()
+    plgpu.wgmma(acc_ref, x_ref, y_ref)
+    # What was multiplied is about to be overwritten.
+    plgpu.wgmma_wait(0)
+
+
+def zeros(*shape: int) -> Float[Array, "..."]:
+    """A vector with a number for each row of a tile."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS)
+
+
+def of_rows(ref: Ref, *index: Any) -> Float[Array, " I"]:
+    """A vector in shared memory as numbers for the rows of a tile."""
+    return plgpu.layout_cast(ref[index or ...], ROWS)
+
+
+def of_cols(ref: Ref, *index: Any) -> Float[Array, " J"]:
+    """A vector in shared memory as numbers for the columns of a tile."""
+    return plgpu.layout_cast(ref[index or ...], COLS)
+
+
+def span(i: Int[Array, ""], tile: int) -> Any:
+    """Where tile `i` is in an array of all rows, or of all columns."""
+    return pl.ds(i * jnp.int32(tile), tile)
+
+
+def shared_head(n: Int[Array, ""], groups: int) -> Int[Array, ""]:
+    """The key head of a query head."""
+    return jax.lax.div(n, jnp.int32(groups))
+
+
+def load(barrier_ref: Ref, copies: Sequence[tuple[Ref, Ref]]) -> None:
+    """Copy to shared memory, and wait for it. One arrival for each copy."""
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, barrier_ref)
+    plgpu.barrier_wait(barrier_ref)
+
+
+def over_tiles(
+    num_tiles: int,
+    num_slots: int,
+    barrier_ref: Ref,
+    copies: Callable[[Int[Array, ""]], Sequence[tuple[Ref, Ref]]],
+    body: Callable[[Int[Array, ""], Int[Array, ""], Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """`body(j, slot, carry)` for each tile j, whose copies lie in that slot.
+
+    Args:
+        num_tiles: How many.
+        num_slots: 2 to copy the next tile while one is in use, or 1.
+        barrier_ref: One barrier for each slot, with one arrival for each copy.
+        copies: Sources and targets for a tile; targets have a leading axis of slots.
+            `body` must not leave a matrix product of them unfinished.
+        body: What to do with a tile.
+        carry: What it starts from.
+    """
+
+    def fetch(j):
+        slot = jax.lax.rem(j, jnp.int32(num_slots))
+        # A copy starts once all threads are here, so done with what the slot had.
+        for source, target in copies(j):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], barrier_ref.at[slot])
+
+    def step(j, carry):
+        slot = jax.lax.rem(j, jnp.int32(num_slots))
+        if num_slots == 1:
+            fetch(j)
+        else:
+            pl.when(j + jnp.int32(1) < num_tiles)(lambda: fetch(j + jnp.int32(1)))
+        plgpu.barrier_wait(barrier_ref.at[slot])
+        return body(j, slot, carry)
+
+    if num_slots > 1:
+        fetch(jnp.int32(0))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_tiles), step, carry)
+
+
+def call_kernel(
+    body: Callable[..., None],
+    name: str,
+    grid: tuple[int, int],
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    *arrays: Array,
+) -> Sequence[Array]:
+    """Run a kernel whose grid is (head, strip)."""
+    return plgpu.kernel(
+        body,
+        out_type=list(out_type),
+        scratch_types=list(scratch),
+        grid=grid,
+        grid_names=("head", "strip"),
+        # Of the exponential alone: 2 units in the last place, far below what bfloat16
+        # and float16 products carry.
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+    )(*arrays)
+
+
+def vector(*shape: int) -> jax.ShapeDtypeStruct:
+    """The type of potentials, weights and sums."""
+    if math.prod(shape) == 0:
+        raise ValueError(f"A kernel has no empty arrays, got shape {shape}.")
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
