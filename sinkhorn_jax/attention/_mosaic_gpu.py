@@ -21,7 +21,6 @@ from ._mosaic_gpu_backward import backward
 from ._mosaic_gpu_blocks import (
     MAX_HEAD_DIM,
     MAX_ITERS,
-    Blocks,
     default_blocks,
     padded_dim,
 )

@@ -22,9 +22,9 @@ from ._mosaic_gpu_forward import History, Operands, sweep
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
-    along_cols,
     along_rows,
     call_kernel,
+    head_and_strip,
     kernel_of,
     load,
     of_cols,
@@ -81,9 +81,7 @@ def _steps(problem, blocks, operands, history, dout, df):
     if num_iters == 0:
         steps = Steps(f, g, df[None], jnp.zeros_like(g))
         return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)
-    key_t, value_t = (
-        jnp.swapaxes(x, 1, 2) for x in (operands.key, operands.value)
-    )
+    key_t, value_t = (jnp.swapaxes(x, 1, 2) for x in (operands.key, operands.value))
     cols, share = operands.cols, operands.share
     dg = _seed(problem, blocks, operands.query, key_t, dout, value_t, f[-1], g[-1], df)
 
@@ -122,15 +120,13 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
     heads, tile, h, d = f.shape[0], blocks.tile, query.shape[2], dout.shape[2]
     groups = heads // key_t.shape[0]
 
-    def body(
-        query_ref, key_ref, dout_ref, value_ref, f_ref, df_ref, g_ref, *rest: Ref
-    ):
+    def body(query_ref, key_ref, dout_ref, value_ref, f_ref, df_ref, g_ref, *rest: Ref):
         # query [BN, T, H], key [BK, H, S], dout [BN, T, D], value [BK, D, S], f, df
         # [BN, T], g [BN, S]; shares [BN, T / tile, S]. Shared: query [tile, H], dout
         # [tile, D], f, df [tile], key [2, H, tile], value [2, D, tile], g [2, tile].
         shares_ref, q_tile, do_tile, f_tile, df_tile, *scratch = rest
         k_tile, v_tile, g_tile, row_barrier, barrier = scratch
-        n, i = jax.lax.axis_index("head"), jax.lax.axis_index("strip")
+        n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
         load(
             row_barrier,
@@ -164,7 +160,7 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
     (shares,) = call_kernel(
         body,
         "sinkhorn_attention_seed",
-        (heads, blocks.num_row_tiles),
+        heads * blocks.num_row_tiles,
         [vector(heads, blocks.num_row_tiles, blocks.cols)],
         [
             operand(tile, h, dtype=problem.dtype),
@@ -189,7 +185,7 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
 
 
 def _pull_back(problem, steps, x, y, dx, dy, other):
-    """dZ y, and P other if there is one, with Z = x y^T and P's cotangent dx dy^T.
+    """Products dZ y, and P other if there is one, where dx dy^T is P's cotangent.
 
     x are the queries and dx the output's cotangent, y the keys and dy the values; or
     the other way round.
@@ -208,16 +204,19 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
         # row_weight [BN, K, I], g, col_weight [BN, K, J], other [Y, J, D] or none;
         # results [BN, I, H] and [BN, I, D] or one. Shared: the like in tiles, those
         # with J of them after an axis of slots; dz, and plan with `other`.
-        x_ref, y_t_ref, y_ref, dx_ref, dy_t_ref, *refs = refs
-        f_ref, g_ref, left_ref, right_ref, *refs = refs
-        other_ref: Ref = refs.pop(0) if other is not None else None
-        result_ref, *refs = refs
-        other_result_ref: Ref = refs.pop(0) if other is not None else None
-        x_tile, dx_tile, f_tile, left_tile, *refs = refs
-        y_t_tile, y_tile, dy_t_tile, g_tile, right_tile, dz_tile, *refs = refs
-        row_barrier, barrier, *refs = refs
-        other_tile, plan_tile = refs or (None, None)
-        n, i = jax.lax.axis_index("head"), jax.lax.axis_index("strip")
+        rest: list[Ref] = list(refs)
+        x_ref, y_t_ref, y_ref, dx_ref, dy_t_ref, *rest = rest
+        f_ref, g_ref, left_ref, right_ref, *rest = rest
+        other_ref: Ref = rest.pop(0) if other is not None else None
+        result_ref, *rest = rest
+        other_result_ref: Ref = rest.pop(0) if other is not None else None
+        x_tile, dx_tile, f_tile, left_tile, *rest = rest
+        y_t_tile, y_tile, dy_t_tile, g_tile, right_tile, dz_tile, *rest = rest
+        row_barrier, barrier, *rest = rest
+        other_tile: Ref
+        plan_tile: Ref
+        other_tile, plan_tile = rest or (None, None)
+        n, i = head_and_strip(length // tile)
         rows, x_head = span(i, tile), shared_head(n, x_groups)
         load(
             row_barrier,
@@ -270,15 +269,14 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
                 add_product(acc_ref, dz, dz_tile, y_tile.at[slot])
                 return carry
 
-            over_tiles(
-                num_cols // tile, num_slots, barrier, copies, step, jnp.int32(0)
-            )
+            over_tiles(num_cols // tile, num_slots, barrier, copies, step, jnp.int32(0))
             accs = [acc_ref] if other is None else [acc_ref, other_acc_ref]
             return [acc[...] for acc in accs]
 
         dims = [h] if other is None else [h, d]
         results = pl.run_scoped(
-            accumulate, *[plgpu.ACC((tile, dim), jnp.float32) for dim in dims]
+            accumulate,
+            *[plgpu.WGMMAAccumulatorRef((tile, dim), jnp.float32) for dim in dims],
         )
         result_ref[n, rows] = results[0]
         if other is not None:
@@ -300,9 +298,7 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
         slots_of_vectors,
         operand(tile, tile, dtype=dtype),
         plgpu.Barrier(num_arrivals=4),
-        plgpu.Barrier(
-            num_arrivals=5 if other is None else 6, num_barriers=num_slots
-        ),
+        plgpu.Barrier(num_arrivals=5 if other is None else 6, num_barriers=num_slots),
     ]
     if other is not None:
         out_type.append(jax.ShapeDtypeStruct((heads, length, d), jnp.float32))
@@ -313,7 +309,7 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
     return call_kernel(
         body,
         "sinkhorn_attention_pull_back",
-        (heads, length // tile),
+        heads * (length // tile),
         out_type,
         scratch,
         *operands,

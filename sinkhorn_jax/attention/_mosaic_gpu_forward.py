@@ -28,6 +28,7 @@ from ._mosaic_gpu_strips import (
     along_rows,
     call_kernel,
     col_sums,
+    head_and_strip,
     kernel_of,
     load,
     log_sum,
@@ -125,7 +126,7 @@ def log_row_sums(
     y_t: Float[Array, "Y H J"],
     g: Float[Array, "BN J"],
 ) -> Float[Array, "BN I"]:
-    """log of the row sums of exp(Z + g), Z the scaled products of x and y.
+    """Logarithms of the row sums of exp(Z + g), Z the scaled products of x and y.
 
     One of x and y are the queries, the other one the keys. Of a row that is all padding
     -inf.
@@ -133,12 +134,13 @@ def log_row_sums(
     heads, tile = g.shape[0], blocks.tile
     h = x.shape[2]
     x_groups, y_groups = heads // x.shape[0], heads // y_t.shape[0]
+    length = x.shape[1]
 
     def body(x_ref, y_ref, g_ref, top_ref, total_ref, *scratch: Ref):
         # x [X, I, H], y [Y, H, J], g [BN, J]; top, total [BN, I]. Shared: x [tile, H],
         # y [2, H, tile], g [2, tile].
         x_tile, y_tile, g_tile, x_barrier, barrier = scratch
-        n, i = jax.lax.axis_index("head"), jax.lax.axis_index("strip")
+        n, i = head_and_strip(length // tile)
         rows = span(i, tile)
         load(x_barrier, [(x_ref.at[shared_head(n, x_groups), rows], x_tile)])
 
@@ -160,11 +162,10 @@ def log_row_sums(
         top_ref[n, rows] = top
         total_ref[n, rows] = total
 
-    length = x.shape[1]
     top, total = call_kernel(
         body,
         "sinkhorn_attention_log_row_sums",
-        (heads, length // tile),
+        heads * (length // tile),
         [vector(heads, length)] * 2,
         [
             operand(tile, h, dtype=problem.dtype),
@@ -191,7 +192,7 @@ def sweep(
     *,
     inverts: bool,
 ) -> tuple[Float[Array, "BN T"], Float[Array, "BN S"]]:
-    """s = P weights and P^T s, or P^T (1 / s) if it `inverts`, for P of f and g."""
+    """Sums s = P weights, and P^T s, or P^T (1 / s) if it `inverts`; P of f and g."""
     heads, tile, h = f.shape[0], blocks.tile, query.shape[2]
     groups = heads // key_t.shape[0]
     num_tiles = blocks.num_col_tiles
@@ -202,7 +203,7 @@ def sweep(
         # [tile], g, weights [2, tile], held [S / tile, tile, tile] or empty.
         sums_ref, shares_ref, *scratch = rest
         q_tile, f_tile, k_tile, g_tile, w_tile, row_barrier, barrier, *held = scratch
-        n, i = jax.lax.axis_index("head"), jax.lax.axis_index("strip")
+        n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
         load(
             row_barrier,
@@ -269,7 +270,7 @@ def sweep(
     sums, shares = call_kernel(
         body,
         "sinkhorn_attention_sweep",
-        (heads, blocks.num_row_tiles),
+        heads * blocks.num_row_tiles,
         [
             vector(heads, blocks.rows),
             vector(heads, blocks.num_row_tiles, blocks.cols),
@@ -302,7 +303,7 @@ def apply(
         # [BN, T, D], sums [BN, T]. Shared: query [tile, H], f [tile], key [2, H, tile],
         # value [2, tile, D], g [2, tile], plan [tile, tile].
         q_tile, f_tile, k_tile, v_tile, g_tile, p_tile, row_barrier, barrier = scratch
-        n, i = jax.lax.axis_index("head"), jax.lax.axis_index("strip")
+        n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
         load(
             row_barrier,
@@ -331,30 +332,31 @@ def apply(
             )
             return acc_ref[...], sums
 
-        out, sums = pl.run_scoped(accumulate, plgpu.ACC((tile, d), jnp.float32))
+        out, sums = pl.run_scoped(
+            accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
+        )
         out_ref[n, rows] = out * along_rows(reciprocal(sums), out)
         sums_ref[n, rows] = sums
 
-    return tuple(
-        call_kernel(
-            body,
-            "sinkhorn_attention_apply",
-            (heads, blocks.num_row_tiles),
-            [vector(heads, blocks.rows, d), vector(heads, blocks.rows)],
-            [
-                operand(tile, h, dtype=problem.dtype),
-                plgpu.SMEM((tile,), jnp.float32),
-                operand(2, h, tile, dtype=problem.dtype),
-                operand(2, tile, d, dtype=problem.dtype),
-                plgpu.SMEM((2, tile), jnp.float32),
-                operand(tile, tile, dtype=problem.dtype),
-                plgpu.Barrier(num_arrivals=2),
-                plgpu.Barrier(num_arrivals=3, num_barriers=2),
-            ],
-            query,
-            key_t,
-            value,
-            f,
-            g,
-        )
+    out, sums = call_kernel(
+        body,
+        "sinkhorn_attention_apply",
+        heads * blocks.num_row_tiles,
+        [vector(heads, blocks.rows, d), vector(heads, blocks.rows)],
+        [
+            operand(tile, h, dtype=problem.dtype),
+            plgpu.SMEM((tile,), jnp.float32),
+            operand(2, h, tile, dtype=problem.dtype),
+            operand(2, tile, d, dtype=problem.dtype),
+            plgpu.SMEM((2, tile), jnp.float32),
+            operand(tile, tile, dtype=problem.dtype),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+        ],
+        query,
+        key_t,
+        value,
+        f,
+        g,
     )
+    return out, sums
