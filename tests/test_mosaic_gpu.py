@@ -1,0 +1,490 @@
+"""`implementation="mosaic_gpu"`: tiles, passes, the interpreter's numbers, lowering.
+
+The interpreter runs a whole kernel, copies and barriers too, but takes long. So the
+mathematics of the passes is tested with stand-ins for the kernels, which apply the same
+tile functions to whole heads, and the kernels are tested pass by pass and once together.
+"""
+
+import dataclasses
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hostile import hostile_logits
+
+# Not public: the interpreter's parameters, its switch, and what it saw.
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sinkhorn_jax import Truncated, sinkhorn_attention
+from sinkhorn_jax._options import Options
+from sinkhorn_jax.attention import IMPLEMENTATIONS, _mosaic_gpu
+from sinkhorn_jax.attention import _mosaic_gpu_backward as gpu_backward
+from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
+from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
+from sinkhorn_jax.attention._mosaic_gpu_blocks import (
+    MAX_ITERS,
+    SHARED_MEMORY,
+    Blocks,
+    default_blocks,
+    num_steps,
+    pull_back_slots,
+    sweep_bytes,
+)
+from sinkhorn_jax.attention._problem import Problem
+
+# Relative to the largest entry. The stand-ins are in float32 throughout; the kernels
+# round the plan and its gradient to 8 or 11 bits before they are multiplied.
+RTOL = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def problem(**changed):
+    fields = {
+        "batch": 1,
+        "t": 256,
+        "s": 256,
+        "num_heads": 1,
+        "num_key_heads": 1,
+        "head_dim": 64,
+        "value_dim": 64,
+        "dtype": jnp.dtype("bfloat16"),
+        "options": Options(10),
+        "scale": 1.0,
+    }
+    return Problem(**fields | changed)
+
+
+def operands(t, s, dtype="bfloat16", b=1, n=2, k=1, h=8, d=4, scale=1.0):
+    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, *rest = (
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    return query * jnp.asarray(scale, dtype), *rest
+
+
+def exact(arrays):
+    return jax.tree.map(lambda x: jnp.asarray(x).astype("float64"), arrays)
+
+
+def step(implementation="mosaic_gpu", **options):
+    """Output, marginal error, and gradients by query, key and value."""
+
+    def attend(query, key, value):
+        return sinkhorn_attention(
+            query,
+            key,
+            value,
+            implementation=implementation,
+            return_marginal_error=True,
+            **options,
+        )
+
+    def call(query, key, value, cotangent):
+        (out, error), pull_back = jax.vjp(attend, query, key, value)
+        return out, error, pull_back((cotangent, jnp.zeros_like(error)))
+
+    return call
+
+
+def assert_close(got, expected, rtol):
+    """Each array relative to its largest magnitude; the marginal error as it is."""
+
+    def error(x, y):
+        return abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
+
+    errors = jax.tree.map(error, got[::2], expected[::2])
+    assert max(jax.tree.leaves(errors)) < rtol, errors
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-2, atol=rtol)
+
+
+# Tile functions.
+
+
+@pytest.fixture
+def tile():
+    """Products of a tile's queries and keys, and potentials with padding."""
+    rng = np.random.default_rng(0)
+    f = np.append(rng.normal(size=5), -np.inf)
+    g = np.append(rng.normal(size=7), [-np.inf, -np.inf])
+    products = rng.normal(size=(6, 9)) * 30
+    return tuple(jnp.asarray(x.astype("float32")) for x in (products, f, g))
+
+
+def test_kernel_of_a_tile(tile):
+    products, f, g = tile
+    kernel = strips.kernel_of(products, f, g, 0.5)
+    products, f, g = (np.asarray(x, "float64") for x in tile)
+    expected = np.exp(0.5 * products + f[:, None] + g)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5)
+    assert (kernel[5] == 0).all()
+    assert (kernel[:, 7:] == 0).all()
+
+
+def test_log_sum_over_tiles_in_any_cut(tile):
+    products, _, g = tile
+    least = jnp.full(6, jnp.finfo("float32").min), jnp.zeros(6, "float32")
+
+    def log_sum(*cuts):
+        carry = least
+        for cols in np.split(np.arange(9), cuts):
+            carry = strips.log_sum(carry, products[:, cols], g[cols], 2.0)
+        return carry[0] + jnp.log(carry[1])
+
+    x = 2.0 * np.asarray(products, "float64") + np.asarray(g, "float64")
+    expected = reference.logsumexp(x, 1)
+    for cuts in ((3,), (7,)):
+        np.testing.assert_allclose(log_sum(*cuts), expected, rtol=1e-6)
+    nothing = strips.log_sum(least, products, jnp.full(9, -jnp.inf, "float32"), 2.0)
+    assert (nothing[0] + jnp.log(nothing[1]) == -np.inf).all()
+
+
+def test_sums_and_shares_of_a_tile(tile):
+    kernel = jnp.exp(tile[0] / 30)
+    left, right = jnp.arange(6, dtype="float32"), jnp.arange(9, dtype="float32")
+    np.testing.assert_allclose(strips.row_sums(kernel, right), kernel @ right, 1e-6)
+    np.testing.assert_allclose(strips.col_sums(kernel, left), left @ kernel, 1e-6)
+    expected = kernel * (left[:, None] + right[None, :])
+    np.testing.assert_allclose(strips.weighted(kernel, left, right), expected, 1e-6)
+    np.testing.assert_array_equal(
+        strips.reciprocal(jnp.array([0.0, 4.0], "float32")), [0, 0.25]
+    )
+
+
+# Passes, with stand-ins for the kernels.
+
+
+def as_heads(x, heads):
+    return jnp.repeat(x, heads // x.shape[0], axis=0)
+
+
+def log_row_sums(problem, blocks, x, y_t, g):
+    def of_head(x, y_t, g):
+        least = jnp.full(len(x), jnp.finfo(g.dtype).min), jnp.zeros(len(x), g.dtype)
+        top, total = strips.log_sum(least, x @ y_t, g, problem.scale)
+        return top + jnp.log(total)
+
+    return jax.vmap(of_head)(as_heads(x, len(g)), as_heads(y_t, len(g)), g)
+
+
+def sweep(problem, blocks, query, key_t, f, g, weights, *, inverts):
+    def of_head(query, key_t, f, g, weights):
+        kernel = strips.kernel_of(query @ key_t, f, g, problem.scale)
+        sums = strips.row_sums(kernel, weights)
+        left = strips.reciprocal(sums) if inverts else sums
+        return sums, strips.col_sums(kernel, left)
+
+    return jax.vmap(of_head)(query, as_heads(key_t, len(f)), f, g, weights)
+
+
+def apply(problem, blocks, query, key_t, value, f, g):
+    def of_head(query, key_t, value, f, g):
+        kernel = strips.kernel_of(query @ key_t, f, g, problem.scale)
+        sums = kernel.sum(axis=1)
+        return strips.reciprocal(sums)[:, None] * (kernel @ value), sums
+
+    key_t, value = as_heads(key_t, len(f)), as_heads(value, len(f))
+    return jax.vmap(of_head)(query, key_t, value, f, g)
+
+
+def seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
+    def of_head(query, key_t, dout, value_t, f, g, df):
+        plan = strips.kernel_of(query @ key_t, f, g, problem.scale)
+        return (plan * (dout @ value_t - df[:, None])).sum(axis=0)
+
+    key_t, value_t = as_heads(key_t, len(f)), as_heads(value_t, len(f))
+    return jax.vmap(of_head)(query, key_t, dout, value_t, f, g, df)
+
+
+def pull_back(problem, steps, x, y, dx, dy, other):
+    heads = len(steps.f)
+
+    def of_head(steps, x, y, dx, dy):
+        def plan(f, g):
+            return strips.kernel_of(x @ y.T, f, g, problem.scale)
+
+        dz = plan(steps.f[-1], steps.g[-1]) * (dx @ dy.T)
+        for f, g, left, right in zip(*steps, strict=True):
+            dz = dz - strips.weighted(plan(f, g), left, right)
+        return dz @ y, plan(steps.f[-1], steps.g[-1])
+
+    x, y, dx, dy = (as_heads(x, heads) for x in (x, y, dx, dy))
+    result, plan = jax.vmap(of_head)(steps, x, y, dx, dy)
+    if other is None:
+        return [result]
+    return [result, plan @ as_heads(other, heads)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """`step` in float32 on the CPU: all but the kernels is the implementation's."""
+    why_not = IMPLEMENTATIONS["mosaic_gpu"].why_not
+    assert "float32" in why_not(problem(dtype=jnp.dtype("float32")))
+    monkeypatch.setattr(gpu_forward, "log_row_sums", log_row_sums)
+    monkeypatch.setattr(gpu_forward, "sweep", sweep)
+    monkeypatch.setattr(gpu_forward, "apply", apply)
+    monkeypatch.setattr(gpu_backward, "sweep", sweep)
+    monkeypatch.setattr(gpu_backward, "_seed", seed)
+    monkeypatch.setattr(gpu_backward, "_pull_back", pull_back)
+    entry = IMPLEMENTATIONS["mosaic_gpu"]._replace(why_not=lambda problem: None)
+    table = {**IMPLEMENTATIONS, "mosaic_gpu": entry}
+    monkeypatch.setattr("sinkhorn_jax.attention._api.IMPLEMENTATIONS", table)
+    jax.clear_caches()
+    with jax.default_matmul_precision("highest"):
+        yield step
+    jax.clear_caches()
+
+
+LENGTHS = {
+    "query_seq_lengths": [17, 33, 0],
+    "key_value_seq_lengths": [20, 5, 20],
+    "num_iters": 3,
+}
+
+
+def as_arrays(options):
+    return {
+        name: jnp.asarray(value) if name.endswith("lengths") else value
+        for name, value in options.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_iters": 0}, {"num_iters": 1}, {"num_iters": 2}, LENGTHS],
+    ids=str,
+)
+def test_passes_agree_with_float64(passes, options):
+    arrays = operands(33, 20, "float32", b=3 if options is LENGTHS else 1)
+    options = as_arrays(options)
+    got = passes(**options)(*arrays)
+    lengths = tuple(
+        options.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths")
+    )
+    expected = reference.sinkhorn_attention(
+        *arrays[:3], num_iters=options["num_iters"], lengths=lengths
+    )
+    np.testing.assert_allclose(got[0], expected, atol=3e-6)
+    got = jax.tree.map(np.asarray, got)
+    expected = step("reference", **options)(*exact(arrays))
+    assert_close(got, expected, RTOL["float32"])
+
+
+def test_passes_of_hostile_logits(passes):
+    """Through one-hot queries, whose logits are the keys."""
+    n, num_iters = 18, 8
+    named = hostile_logits(n)
+    logits = jnp.stack([jnp.asarray(x) for x in named.values()])
+    query = jnp.broadcast_to(jnp.eye(n, dtype="float32"), logits.shape)[:, :, None]
+    key = jnp.swapaxes(logits, 1, 2)[:, :, None]
+    value = jax.random.normal(jax.random.key(3), (*logits.shape[:2], 1, 4), "float32")
+    arrays = query, key, value, jnp.sin(9 * value)
+    got = passes(num_iters=num_iters, scale=1.0)(*arrays)
+    expected = step("reference", num_iters=num_iters, scale=1.0)(*exact(arrays))
+    chex.assert_tree_all_finite(got)
+    errors = {}
+    for x, y in ((got[0], expected[0]), *zip(got[2][1:], expected[2][1:], strict=True)):
+        # Where the plan is a permutation the gradient is 0, but for the rounding of
+        # terms of order 1.
+        size = np.maximum(abs(np.asarray(y)).max(axis=(1, 2, 3)), 1e-2)
+        error = abs(np.asarray(x) - np.asarray(y)).max(axis=(1, 2, 3)) / size
+        for name, e in zip(named, error.tolist(), strict=True):
+            errors[name] = max(e, errors.get(name, 0))
+    # Potentials of 400 are rounded to 3e-5, and so is what the logarithm of a plan is.
+    assert max(errors.values()) < 5e-4, errors
+
+
+# Kernels.
+
+
+@pytest.fixture
+def on_device():
+    """Calls a function on a GPU, or in the interpreter, which must see no race."""
+    if jax.default_backend() == "gpu":
+        yield lambda fn, *args: jax.tree.map(np.asarray, jax.jit(fn)(*args))
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        # The interpreter knows of no layouts.
+        patch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+        jax.clear_caches()
+
+        def call(fn, *args):
+            params = interpreter.InterpretGPUParams(detect_races=True)
+            with interpreter.force_gpu_interpret_mode(params):
+                result = jax.tree.map(np.asarray, jax.jit(fn)(*args))
+            assert not interpret_pallas_call.get_races().races_found
+            return result
+
+        yield call
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    jax.clear_caches()
+
+
+def test_kernels_agree_with_float64(on_device):
+    """All of them: several strips and tiles, padding, heads that share keys."""
+    arrays = operands(70, 130)
+    lengths = {"query_seq_lengths": [69], "key_value_seq_lengths": [100]}
+    options = as_arrays({**lengths, "num_iters": 2})
+    got = on_device(step(**options), *arrays)
+    assert got[0].dtype == got[2][0].dtype == jnp.bfloat16
+    assert got[1].dtype == jnp.float32
+    expected = step("reference", **options)(*exact(arrays))
+    assert_close(got, expected, RTOL["bfloat16"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_iters", [0, 1, 3])
+@pytest.mark.parametrize("is_held", [True, False])
+def test_more_kernels_agree_with_float64(
+    on_device, monkeypatch, dtype, num_iters, is_held
+):
+    """Also on the second way through a strip, and with two tiles of the head."""
+
+    def blocks(problem):
+        return dataclasses.replace(default_blocks(problem), is_held=is_held)
+
+    monkeypatch.setattr(_mosaic_gpu, "default_blocks", blocks)
+    arrays = operands(66, 70, dtype, n=1, h=100, d=20, scale=2.0)
+    got = on_device(step(num_iters=num_iters), *arrays)
+    expected = step("reference", num_iters=num_iters)(*exact(arrays))
+    assert_close(got, expected, RTOL[dtype])
+
+
+@pytest.mark.slow
+def test_repeats_are_the_same_bits(on_device):
+    arrays = operands(130, 70)
+    first, again = (on_device(step(num_iters=2), *arrays) for _ in range(2))
+    chex.assert_trees_all_equal(first, again)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="It needs a GPU.")
+@pytest.mark.parametrize("tokens", [197, 1024, 4096])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_repeats_on_a_gpu(tokens, head_dim):
+    arrays = operands(tokens, tokens, n=4, k=2, h=head_dim, d=head_dim)
+    solve = jax.jit(step(num_iters=10))
+    first, again = solve(*arrays), solve(*arrays)
+    chex.assert_trees_all_equal(first, again)
+    expected = step("streaming", num_iters=10)(*(x.astype("float32") for x in arrays))
+    assert_close(
+        jax.tree.map(np.asarray, first),
+        jax.tree.map(lambda x: x.astype("float64"), expected),
+        RTOL["bfloat16"],
+    )
+
+
+def lowered(fn, *shapes, dtype):
+    """The program for CUDA of a function of arrays of these shapes."""
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    jax.clear_caches()
+    program = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("cuda",))
+    return program.as_text()
+
+
+def assert_lowers(dtype, t, s, head_dim, value_dim):
+    shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
+    text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype=dtype)
+    names = "log_row_sums", "sweep", "apply", "seed", "pull_back"
+    calls = [text.count(f"sinkhorn_attention_{name}") for name in names]
+    assert all(calls), dict(zip(names, calls, strict=True))
+
+
+# Each dtype, each width of an operand, and a strip that is held and one that is not.
+@pytest.mark.parametrize(
+    ("dtype", "t", "s", "head_dim", "value_dim"),
+    [("bfloat16", 197, 197, 64, 128), ("float16", 64, 1000, 128, 32)],
+)
+def test_lowers_for_cuda(dtype, t, s, head_dim, value_dim):
+    assert_lowers(dtype, t, s, head_dim, value_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 197, 1024, 4096])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_more_lower_for_cuda(dtype, tokens, head_dim):
+    assert_lowers(dtype, tokens, tokens, head_dim, head_dim)
+
+
+@pytest.mark.slow
+def test_vmap_lowers_for_cuda():
+    def forward(query, key, value):
+        solve = functools.partial(sinkhorn_attention, implementation="mosaic_gpu")
+        return jax.vmap(solve)(query, key, value)
+
+    assert "sweep" in lowered(forward, *[(3, 1, 70, 2, 32)] * 3, dtype="bfloat16")
+
+
+# The table's line.
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"dtype": jnp.dtype("float64")}, "got float64.*'scaling' and 'streaming'"),
+        ({"dtype": jnp.dtype("float32")}, "got float32.*'scaling' and 'streaming'"),
+        ({"head_dim": 129}, "up to 128, got 129"),
+        ({"value_dim": 256}, "up to 128, got 64 and 256"),
+        ({"options": Options(MAX_ITERS + 1)}, "64 iterations, got 65"),
+        ({"has_bias": True}, "no bias"),
+        ({"has_mask": True}, "no mask"),
+        ({"dropout_rate": 0.5}, r"dropout_rate=0\.5"),
+        ({"options": Options(2, "columns")}, "finish='rows', got 'columns'"),
+        ({"options": Options(2, gradient=Truncated(1))}, "Exact.*Truncated"),
+    ],
+    ids=str,
+)
+def test_why_not(changed, says):
+    entry = IMPLEMENTATIONS["mosaic_gpu"]
+    assert entry.why_not(problem()) is None
+    assert re.search(says, entry.why_not(problem(**changed)))
+
+
+def test_is_not_taken_unasked():
+    entry = IMPLEMENTATIONS["mosaic_gpu"]
+    assert not any(entry.prefer(problem(), x) for x in ("cpu", "gpu", "tpu"))
+
+
+@pytest.mark.parametrize("t", [1, 64, 197, 30_000])
+@pytest.mark.parametrize("s", [1, 1024])
+def test_blocks_cover_every_query_and_key(t, s):
+    blocks = default_blocks(problem(t=t, s=s))
+    assert blocks.rows - blocks.tile < t <= blocks.rows
+    assert blocks.cols - blocks.tile < s <= blocks.cols
+
+
+def test_short_strips_are_held():
+    is_held = {s: default_blocks(problem(s=s)).is_held for s in (197, 512, 768, 1024)}
+    assert is_held == {197: True, 512: True, 768: True, 1024: False}
+    wide = problem(s=768, head_dim=128)
+    assert not default_blocks(wide).is_held
+    assert sweep_bytes(wide, default_blocks(wide)) < SHARED_MEMORY
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_iters", [10, MAX_ITERS])
+def test_the_last_pass_fits_shared_memory(head_dim, num_iters):
+    largest = problem(head_dim=head_dim, value_dim=head_dim, options=Options(num_iters))
+    slots, tile = pull_back_slots(largest, 64), 64
+    # Of dk and dv, in bytes: two operands of a strip, four of a tile, the plan and its
+    # cotangent, and two vectors for each step on either side.
+    operand, vectors = 2 * tile * head_dim, 8 * tile * num_steps(num_iters)
+    total = 2 * operand + 4 * tile * tile + vectors + slots * (4 * operand + vectors)
+    assert total <= SHARED_MEMORY
+    assert slots == (2 if num_iters == 10 else 1 if head_dim == 128 else 2)
+
+
+def test_blocks_are_whole_tiles():
+    blocks = default_blocks(problem())
+    with pytest.raises(ValueError, match="tile must be 64, got 32"):
+        dataclasses.replace(blocks, tile=32)
+    with pytest.raises(ValueError, match="num_col_tiles must be at least 1, got 0"):
+        Blocks(tile=64, num_row_tiles=1, num_col_tiles=0, is_held=True)
