@@ -1,8 +1,8 @@
 """`implementation="mosaic_gpu"`: tiles, passes, the interpreter's numbers, lowering.
 
-The interpreter runs a whole kernel, copies and barriers too, but takes long. So the
+The interpreter runs whole kernels, copies and barriers too, but takes long. So the
 mathematics of the passes is tested with stand-ins for the kernels, which apply the same
-tile functions to whole heads, and the kernels are tested pass by pass and once together.
+tile functions to whole heads. On a GPU the kernels run there.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from sinkhorn_jax.attention import IMPLEMENTATIONS, _mosaic_gpu
 from sinkhorn_jax.attention import _mosaic_gpu_backward as gpu_backward
 from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
 from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
+from sinkhorn_jax.attention._kernels import reciprocal
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     MAX_ITERS,
     SHARED_MEMORY,
@@ -154,7 +155,7 @@ def test_sums_and_shares_of_a_tile(tile):
     expected = kernel * (left[:, None] + right[None, :])
     np.testing.assert_allclose(strips.weighted(kernel, left, right), expected, 1e-6)
     np.testing.assert_array_equal(
-        strips.reciprocal(jnp.array([0.0, 4.0], "float32")), [0, 0.25]
+        reciprocal(jnp.array([0.0, 4.0], "float32")), [0, 0.25]
     )
 
 
@@ -178,7 +179,7 @@ def sweep(problem, blocks, query, key_t, f, g, weights, *, inverts):
     def of_head(query, key_t, f, g, weights):
         kernel = strips.kernel_of(query @ key_t, f, g, problem.scale)
         sums = strips.row_sums(kernel, weights)
-        left = strips.reciprocal(sums) if inverts else sums
+        left = reciprocal(sums) if inverts else sums
         return sums, strips.col_sums(kernel, left)
 
     return jax.vmap(of_head)(query, as_heads(key_t, len(f)), f, g, weights)
@@ -188,7 +189,7 @@ def apply(problem, blocks, query, key_t, value, f, g):
     def of_head(query, key_t, value, f, g):
         kernel = strips.kernel_of(query @ key_t, f, g, problem.scale)
         sums = kernel.sum(axis=1)
-        return strips.reciprocal(sums)[:, None] * (kernel @ value), sums
+        return reciprocal(sums)[:, None] * (kernel @ value), sums
 
     key_t, value = as_heads(key_t, len(f)), as_heads(value, len(f))
     return jax.vmap(of_head)(query, key_t, value, f, g)

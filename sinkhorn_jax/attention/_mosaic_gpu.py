@@ -6,8 +6,8 @@ program writes its share, and the shares are added in one order, so that results
 to the bit. A pass of the iteration makes every entry of the plan once, where shared
 memory holds a strip of it (up to about 700 keys), and twice beyond.
 
-Products of queries and keys are exact in float32, as are potentials and sums. Products
-of the plan are in the inputs' dtype with sums in float32, as in flash attention.
+Logits, potentials and sums are in float32. Products of the plan are in the inputs'
+dtype with sums in float32, as in flash attention.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._gradient import Exact
+from ._kernels import to_unit, why_not_options
 from ._mosaic_gpu_backward import backward
 from ._mosaic_gpu_blocks import (
     MAX_HEAD_DIM,
@@ -64,16 +64,7 @@ def why_not(problem: Problem) -> str | None:
         )
     if problem.options.num_iters > MAX_ITERS:
         return f"it takes {MAX_ITERS} iterations, got {problem.options.num_iters}"
-    if problem.has_bias or problem.has_mask:
-        name = "bias" if problem.has_bias else "mask"
-        return f"it takes sequence lengths but no {name}"
-    if problem.dropout_rate > 0:
-        return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
-    if problem.options.finish != "rows":
-        return f"it takes finish='rows', got {problem.options.finish!r}"
-    if not isinstance(problem.options.gradient, Exact):
-        return f"it takes gradient=Exact(), got {problem.options.gradient}"
-    return None
+    return why_not_options(problem)
 
 
 def prefer(problem: Problem, platform: str) -> bool:
@@ -99,7 +90,7 @@ def _attend_fwd(problem, blocks, rows, cols, query, key, value):
 def _attend_bwd(problem, blocks, residuals, cotangents):
     rows, cols, query, key, value, out, history = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = _to_unit(dout)
+    dout, size = to_unit(dout)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
     dout = _split(dout, blocks.rows)
     dq, dk, dv = backward(problem, blocks, padded, history, out, dout)
@@ -146,19 +137,3 @@ def _split(x, length):
 def _join(problem, x, length, dim):
     x = x[:, :length, :dim]
     return jnp.swapaxes(x.reshape(problem.batch, -1, *x.shape[1:]), 1, 2)
-
-
-def _to_unit(dout):
-    """Cotangents of order 1, and what they were divided by, for every head.
-
-    The pull-back is linear; a large cotangent must not take factors out of range, and a
-    small one must not be lost in float16. A power of 2 rounds nothing.
-    """
-    top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
-    # Two halves: a subnormal cotangent has no finite reciprocal.
-    half = exponent // 2
-    x = dout.astype(jnp.float32)
-    for part in (half, exponent - half):
-        x = x * jnp.ldexp(jnp.float32(1), -part)
-    return x.astype(dout.dtype), jnp.ldexp(jnp.float32(1), exponent)

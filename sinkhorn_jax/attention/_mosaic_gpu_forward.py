@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
+from ._kernels import reciprocal
 from ._mosaic_gpu_blocks import Blocks
 from ._mosaic_gpu_strips import (
     Ref,
@@ -37,7 +38,6 @@ from ._mosaic_gpu_strips import (
     operand,
     over_tiles,
     product,
-    reciprocal,
     row_sums,
     shared_head,
     span,

@@ -76,11 +76,6 @@ def col_sums(kernel: Float[Array, "I J"], weights: Float[Array, " I"]):
     return (kernel * along_rows(weights, kernel)).sum(axis=0)
 
 
-def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 for padding, which is where the sum is 0 and nowhere else."""
-    return jnp.where(x == 0, jnp.float32(0), 1 / jnp.where(x == 0, jnp.float32(1), x))
-
-
 def operand(*shape: int, dtype: jnp.dtype) -> Any:
     """Shared memory for what the tensor cores multiply, in their order."""
     width = min(64, shape[-1])
