@@ -1,10 +1,12 @@
 """Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
 
-A program has a strip of rows and passes over all columns, tile by tile; nothing of size
-(T, S) is stored. One pass is one launch, because column sums cross programs: each
-program writes its share, and the shares are added in one order, so that results repeat
-to the bit. A pass of the iteration makes every entry of the plan once, where shared
-memory holds a strip of it (up to about 700 keys), and twice beyond.
+A program has a strip of 64 rows and passes over all columns, tile by tile. One pass is
+one launch, because column sums cross programs: each program writes its share, the
+shares are added in one order, and results repeat to the bit. The shares are the largest
+array there is, of T S / 64 numbers a head.
+
+A pass of the iteration makes every entry of the plan once where shared memory holds a
+strip of it (768 keys, or 640 with more than 64 head dimensions), and twice beyond.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.
