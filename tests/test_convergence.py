@@ -102,7 +102,10 @@ def test_networks_before_and_after_training(trained):
     before, after = networks[None, 12], networks[0.1, 12]
     assert np.not_equal(before["deviation"], after["deviation"]).all()
     assert before["train_loss"] is None
-    np.testing.assert_allclose(after["train_loss"], np.log(2), atol=0.3)
+    # One a seed: not far above that of guessing.
+    loss = np.array(after["train_loss"])
+    assert loss.shape == (2,)
+    assert ((loss > 0) & (loss < np.log(2) + 0.3)).all()
     found = [f for f in result["findings"] if "Training makes" in f["claim"]]
     change = np.log10(after["worst_at_trained"]) - np.log10(before["worst_at_trained"])
     np.testing.assert_allclose(found[1]["mean"], change.mean())
