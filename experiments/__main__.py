@@ -1,7 +1,9 @@
 """`python -m experiments <question> [--quick] [--options]`."""
 
 import argparse
+import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -25,6 +27,8 @@ from . import (
     temperature,
     train,
 )
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A question is a module with `Config`, `QUICK` and `run`, and a line here. One with
 # presets also has `choose`, which finds the defaults by --preset and --task.
@@ -69,7 +73,23 @@ def main(args: Sequence[str] | None = None) -> None:
         args=[arg for arg in args if arg != "--quick"],
         prog="python -m experiments",
     )
-    sys.modules[type(config).__module__].run(config)
+    try:
+        sys.modules[type(config).__module__].run(config)
+    except Exception as error:
+        if not _is_explained(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _is_explained(error):
+    # What these packages raise themselves, and the system of its files, says what to
+    # do. Anything else is a defect, to which its traceback leads.
+    *_, last = traceback.extract_tb(error.__traceback__)
+    packages = ("experiments", "sinkhorn_jax")
+    is_ours = any(
+        pathlib.Path(last.filename).is_relative_to(ROOT / p) for p in packages
+    )
+    return isinstance(error, OSError) or (is_ours and "raise " in (last.line or ""))
 
 
 def _defaults(question, args):

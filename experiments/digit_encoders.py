@@ -7,13 +7,14 @@ split, on which rank and entropy are measured.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from . import ensemble, measures
+from . import answer, ensemble, measures
 from .data import Data, load
 from .models import Encoder
 
@@ -38,14 +39,21 @@ class Setup:
     def __post_init__(self):
         names = ("depth", "width", "num_heads", "mlp_width", "patch_size")
         names += ("num_steps", "batch_size", "num_measured")
-        for name in names:
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be distinct, at least one, got {self.seeds}.")
-        if not self.learning_rate > 0:
+        least = dict.fromkeys(names, 1) | {"seeds": 0, "data_seed": 0}
+        answer.require_at_least(self, least)
+        if self.width % self.num_heads:
             raise ValueError(
-                f"learning_rate must be positive, got {self.learning_rate}."
+                f"width must be a multiple of num_heads, got {self.width} and "
+                f"{self.num_heads}."
+            )
+        if 8 % self.patch_size:
+            raise ValueError(
+                "patch_size must divide 8, the side of the images, got "
+                f"{self.patch_size}."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate must be positive and finite, got {self.learning_rate}."
             )
 
 

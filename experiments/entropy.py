@@ -114,6 +114,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: The options do not fit together or the data.
         ModuleNotFoundError: The reviews are not installed.
+        BlockingIOError: Another run writes to the same folder.
     """
     start = time.monotonic()
     dataset = imdb(
@@ -126,35 +127,35 @@ def run(config: Config) -> dict[str, Any]:
     networks = {"softmax": 0, "Sinkhorn": config.num_iters}
     setting = dataclasses.asdict(config)
     del setting["output"]
-    cells = Cells(config.output, setting)
-    trained, scaled = [], []
-    total = len(networks) * len(config.learning_rates) * config.num_steps
-    with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as progress:
-        for normaliser, num_iters in networks.items():
-            model = _encoder(config, num_iters, dataset.vocab_size)
-            stem = model.clone(num_iters=0)
-            params = ensemble.init(stem, config.seeds, config.seq_len)
-            for scale in config.logit_scales:
-                measured = _measure(model, _with_logits(params, scale), dataset)
-                row = {"normaliser": normaliser, "logit_scale": scale}
-                scaled.append(row | {k: v.tolist() for k, v in measured.items()})
-            for rate in config.learning_rates:
-                train = functools.partial(
-                    _train, model, params, dataset, config, rate, progress.update
-                )
-                row = {"normaliser": normaliser, "learning_rate": rate}
-                trained.append(row | cells.get(f"{normaliser}-{rate}", train))
-                progress.n = len(trained) * config.num_steps  # Also of one there was.
-    result = {
-        "definitions": DEFINITIONS,
-        "max_entropy": float(np.log(dataset.validation.lengths).mean()),
-        "trained": trained,
-        "scaled": scaled,
-    }
-    result["findings"] = findings(result | {"config": dataclasses.asdict(config)})
-    written = answer.write("entropy", config, result, entropy_figure.draw, start)
-    cells.clear()
-    return written
+    with Cells(config.output, setting) as cells:
+        trained, scaled = [], []
+        total = len(networks) * len(config.learning_rates) * config.num_steps
+        with tqdm(
+            total=total, unit="step", smoothing=0.05, mininterval=1.0
+        ) as progress:
+            for normaliser, num_iters in networks.items():
+                model = _encoder(config, num_iters, dataset.vocab_size)
+                stem = model.clone(num_iters=0)
+                params = ensemble.init(stem, config.seeds, config.seq_len)
+                for scale in config.logit_scales:
+                    measured = _measure(model, _with_logits(params, scale), dataset)
+                    row = {"normaliser": normaliser, "logit_scale": scale}
+                    scaled.append(row | {k: v.tolist() for k, v in measured.items()})
+                for rate in config.learning_rates:
+                    train = functools.partial(
+                        _train, model, params, dataset, config, rate, progress.update
+                    )
+                    row = {"normaliser": normaliser, "learning_rate": rate}
+                    trained.append(row | cells.get(f"{normaliser}-{rate}", train))
+                    progress.n = len(trained) * config.num_steps  # Also of those there.
+        result = {
+            "definitions": DEFINITIONS,
+            "max_entropy": float(np.log(dataset.validation.lengths).mean()),
+            "trained": trained,
+            "scaled": scaled,
+        }
+        result["findings"] = findings(result | {"config": dataclasses.asdict(config)})
+        return answer.write("entropy", config, result, entropy_figure.draw, start)
 
 
 def _encoder(config, num_iters, vocab_size):

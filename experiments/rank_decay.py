@@ -25,28 +25,18 @@ https://arxiv.org/abs/2604.07925.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from . import rank_decay_figure, record
-from .cells import Cells
 from .findings import Finding, interval, paired, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR
 from .models import LayerNorm
-from .review_networks import (
-    Case,
-    Setting,
-    encoder,
-    log10_residual,
-    train_and_measure,
-)
+from .review_networks import Case, Setting, log10_residual, trained
 
 RESULTS = pathlib.Path("experiments") / "results"
 
@@ -106,44 +96,29 @@ def run(config: Config) -> dict[str, object]:
     Raises:
         ValueError: The options do not fit together or the data.
         ModuleNotFoundError: The reviews are not installed.
+        BlockingIOError: Another run writes to the same folder.
     """
     start = time.monotonic()
-    all_cases = list(cases(config))
-    for case in all_cases:
-        encoder(case, config, config.vocab_size)  # Bad options fail before the work.
-    print("Reading and splitting the IMDb reviews.", file=sys.stderr)
-    dataset = config.reviews()
-    cells = Cells(config.output, config.setting())
-    runs = []
-    total = len(all_cases) * config.num_steps
-    with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as progress:
-        for case in all_cases:
-            progress.set_description(f"{case.architecture}, {case.normaliser}")
-            train = functools.partial(
-                train_and_measure, case, config, dataset, progress.update
-            )
-            runs.append(cells.get(case.name, train))
-            progress.n = len(runs) * config.num_steps  # Also of one that was there.
-    result = {
-        "question": "rank_decay",
-        "config": {**dataclasses.asdict(config), "output": str(config.output)},
-        "environment": record.environment(),
-        "definitions": DEFINITIONS,
-        "data": {
-            "vocab_size": dataset.vocab_size,
-            "mean_length": float(dataset.train.lengths.mean()),
-            "max_entropy": config.max_entropy(dataset),
-        },
-        "runs": runs,
-        "wall_time_s": round(time.monotonic() - start, 1),
-    }
-    result["findings"] = findings(result)
-    config.output.mkdir(parents=True, exist_ok=True)
-    json_path = config.output / "rank_decay.json"
-    record.write_json(json_path, result)
-    cells.clear()
-    figure_path = config.output / "rank_decay.png"
-    rank_decay_figure.draw(result, figure_path, floor=FLOAT32_FLOOR)
+    with trained(list(cases(config)), config, config.output) as (dataset, runs):
+        result = {
+            "question": "rank_decay",
+            "config": {**dataclasses.asdict(config), "output": str(config.output)},
+            "environment": record.environment(),
+            "definitions": DEFINITIONS,
+            "data": {
+                "vocab_size": dataset.vocab_size,
+                "mean_length": float(dataset.train.lengths.mean()),
+                "max_entropy": config.max_entropy(dataset),
+            },
+            "runs": runs,
+            "wall_time_s": round(time.monotonic() - start, 1),
+        }
+        result["findings"] = findings(result)
+        config.output.mkdir(parents=True, exist_ok=True)
+        json_path = config.output / "rank_decay.json"
+        record.write_json(json_path, result)
+        figure_path = config.output / "rank_decay.png"
+        rank_decay_figure.draw(result, figure_path, floor=FLOAT32_FLOOR)
     print(table(result))
     print(f"\nTook {result['wall_time_s']:.0f} s. Wrote {json_path} and {figure_path}.")
     return result

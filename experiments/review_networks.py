@@ -1,13 +1,19 @@
 """Small encoders that learn to tell good reviews from bad, measured layer by layer."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from . import ensemble
+from . import answer, ensemble
+from .cells import Cells
 from .data import Data, imdb
 from .measures import NORMS, measure
 from .models import Encoder, LayerNorm, num_parameters
@@ -35,18 +41,22 @@ class Setting:
         least = dict.fromkeys(
             ("depth", "width", "num_heads", "num_measured", "batch_size"), 1
         )
-        for name, bound in {**least, "seq_len": 2, "num_steps": 0}.items():
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be distinct, at least one, got {self.seeds}.")
+        least |= {"seq_len": 2, "num_steps": 0, "seeds": 0, "data_seed": 0}
+        answer.require_at_least(self, least)
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"width must be a multiple of num_heads, got {self.width} and "
+                f"{self.num_heads}."
+            )
         if self.num_measured > self.num_validation:
             raise ValueError(
                 f"num_measured must not exceed num_validation, got {self.num_measured} "
                 f"and {self.num_validation}: the reviews are taken from these."
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate must be positive and finite, got {self.learning_rate}."
+            )
 
     def setting(self) -> dict[str, Any]:
         """These options alone, without those that a comparison adds."""
@@ -124,6 +134,44 @@ def encoder(case: Case, setting: Setting, vocab_size: int) -> Encoder:
         has_mlp=case.has_mlp,
         layer_norm=case.layer_norm,
     )
+
+
+@contextlib.contextmanager
+def trained(
+    cases: Sequence[Case], setting: Setting, output: pathlib.Path
+) -> Iterator[tuple[Data, list[dict[str, Any]]]]:
+    """The reviews, and of each case what `train_and_measure` says, in order.
+
+    Each case is written to a file of its own when it ends, and read from there by the
+    next run, until the block ends without an error.
+
+    Args:
+        cases: What to train.
+        setting: What they have in common.
+        output: Folder of the experiment's results.
+
+    Raises:
+        ValueError: The options do not fit together or the data.
+        ModuleNotFoundError: The reviews are not installed.
+        BlockingIOError: Another run writes to the same folder.
+        FloatingPointError: The training diverges.
+    """
+    for case in cases:
+        encoder(case, setting, setting.vocab_size)  # Bad options fail before the work.
+    with Cells(output, setting.setting()) as cells:
+        print("Reading and splitting the IMDb reviews.", file=sys.stderr)
+        dataset = setting.reviews()
+        runs = []
+        total = len(cases) * setting.num_steps
+        with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as bar:
+            for case in cases:
+                bar.set_description(case.name)
+                train = functools.partial(
+                    train_and_measure, case, setting, dataset, bar.update
+                )
+                runs.append(cells.get(case.name, train))
+                bar.n = len(runs) * setting.num_steps  # Also of one that was there.
+        yield dataset, runs
 
 
 def train_and_measure(

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import ablations
+from experiments import ablations, review_networks
 from experiments.measures import FLOAT32_FLOOR
 from experiments.review_networks import Setting
 
+ROOT = pathlib.Path(__file__).parents[1]
 DEPTH = 3
 SEEDS = (0, 1, 2)
 
@@ -59,7 +61,7 @@ def trained(monkeypatch):
             "trained": phase(last),
         }
 
-    monkeypatch.setattr(ablations, "train_and_measure", train_and_measure)
+    monkeypatch.setattr(review_networks, "train_and_measure", train_and_measure)
     monkeypatch.setattr(Setting, "reviews", lambda self: None)
     monkeypatch.setattr(Setting, "max_entropy", lambda self, dataset: 4.0)
     return done
@@ -105,6 +107,29 @@ def test_an_interrupted_run_loses_the_network_in_progress_alone(config, trained)
     assert image.std() > 0.01
 
 
+def test_a_second_run_in_the_same_folder_is_refused(config, trained):
+    cases = list(ablations.cases(config))[:1]
+    together = lambda: review_networks.trained(cases, config, config.output)
+    with together():
+        with pytest.raises(BlockingIOError, match=r"Another run writes to .*ablations"):
+            with together():
+                pass
+        assert (config.output / "cells").exists()  # That of the first.
+    with together():  # The first has ended.
+        pass
+
+
+def test_an_empty_file_is_computed_again(config, trained):
+    trained.limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        ablations.run(config)
+    (cell,) = (config.output / "cells").iterdir()
+    cell.write_text("")
+    trained.limit = None
+    assert len(ablations.run(config)["runs"]) == 24
+    assert len(trained) == 25
+
+
 def test_networks_of_other_settings_are_not_taken(config, trained):
     trained.limit = 5
     with pytest.raises(KeyboardInterrupt):
@@ -139,11 +164,11 @@ def test_findings_follow_the_residuals(config, trained):
         assert text in ten["text"]
     assert "spectral 0.30 ± 0.00, 1inf 0.30 ± 0.00" in ten["text"]
     more = found[
-        "more iterations preserve rank better, from the softmax on "
+        "more Sinkhorn iterations preserve rank better than fewer "
         "(skip, MLP, no LayerNorm)"
     ]
-    x, y = np.log2([1.0, 2, 11]), np.log10([1.0, 1.1, 2])
-    assert f": {np.polyfit(x, y, 1)[0]:.3f} ± 0.000" in more["text"]
+    # The softmax counts for nothing.
+    assert f": {np.log10(2 / 1.1) / np.log2(10):.3f} ± 0.000" in more["text"]
     place = found[
         "pre-LayerNorm preserves rank better than no LayerNorm, whatever the "
         "normaliser (skip, no MLP)"
@@ -168,6 +193,12 @@ def test_a_claim_of_every_normaliser_needs_every_one(config, trained, monkeypatc
     # At the floor of rounding with and without: no difference, so none is seen.
     assert found[skips]["verdict"] == "undecided"
     assert "supported for 2 of 3 normalisers" in found[skips]["text"]
+
+
+def test_the_committed_findings_are_those_of_the_committed_networks():
+    path = ablations.Config().output / "ablations.json"
+    result = json.loads((ROOT / path).read_text())
+    assert ablations.findings(result) == result["findings"]
 
 
 @pytest.mark.parametrize(

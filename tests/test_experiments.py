@@ -431,6 +431,9 @@ def test_measures_leave_padding_out():
         ({"seeds": (1, 1)}, "seeds must be distinct"),
         ({"num_measured": 99, "num_validation": 9}, "must not exceed"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"learning_rate": math.inf}, "learning_rate must be"),
+        ({"seeds": (-1, 0)}, "seeds must be at least 0"),
+        ({"width": 33}, "width must be a multiple of num_heads"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -453,6 +456,26 @@ def test_command_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main(["rank_decay", "--help"])
     assert "--num-steps" in capsys.readouterr().out
+
+
+def test_the_command_line_shows_what_was_refused_without_a_traceback(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(
+        rank_decay, "run", lambda config: rank_decay.Config(depth=config.depth - 99)
+    )
+    with pytest.raises(SystemExit, match="error: depth must be at least 1, got -93"):
+        command.main(["rank_decay"])
+    missing = tmp_path / "missing" / "a.json"
+    monkeypatch.setattr(
+        rank_decay, "run", lambda config: record.write_json(missing, {})
+    )
+    with pytest.raises(SystemExit, match=r"error: .*No such file.*missing"):
+        command.main(["rank_decay"])
+    # A defect keeps its traceback.
+    monkeypatch.setattr(rank_decay, "run", lambda config: {}["depth"])
+    with pytest.raises(KeyError):
+        command.main(["rank_decay"])
 
 
 def test_environment_without_a_repository(monkeypatch):

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from experiments import record, report
+from experiments import record, report, report_page
 
 ROOT = pathlib.Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -44,7 +44,7 @@ def runs(monkeypatch, tmp_path):
 
         def run(options):
             ran.append(name)
-            options.output.mkdir(parents=True)
+            options.output.mkdir(parents=True, exist_ok=True)
             result = {
                 "config": dataclasses.asdict(options) | {"output": "there"},
                 "environment": {"jax": "1.2.3", "commit": "abc"},
@@ -80,6 +80,35 @@ def test_what_is_missing_is_run_and_all_is_on_the_page(runs, tmp_path):
     assert not {"script", "link", "iframe"} & set(page.tags)
     report.run(report.Config(output=tmp_path / "new" / "report.html"))
     assert runs == ["two"]
+    # A kill between the result and its figure leaves the first alone.
+    (tmp_path / "one" / "one.png").unlink()
+    report.run(report.Config(output=tmp_path / "new" / "report.html"))
+    assert runs == ["two", "one"]
+
+
+def test_long_tables_are_folded_and_docstrings_are_text(tmp_path):
+    figure = tmp_path / "a.png"
+    figure.write_bytes(PNG)
+
+    def page(num_claims):
+        finding = {"claim": "a", "verdict": "not supported", "text": "b"}
+        section = report_page.Section(
+            name="a",
+            about="Asks?\n\n    command <x>\n\nOne\nline:\n\n* First\n  item.\n* Two.\n",
+            result={
+                "findings": [finding] * num_claims,
+                "config": {},
+                "environment": {"jax": "1"},
+            },
+            figure=figure,
+        )
+        return report_page.render([section])
+
+    few = page(2)
+    assert "<pre>command &lt;x&gt;</pre><p>One line:</p>" in few
+    assert "<ul><li>First item.</li><li>Two.</li></ul>" in few
+    assert "<details open><summary>Claims: 2 not supported<" in few
+    assert "<details><summary>Claims: 99 not supported<" in page(99)
 
 
 def test_questions_may_be_chosen(runs, tmp_path):
