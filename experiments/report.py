@@ -9,8 +9,8 @@ was interrupted is run again by the same command, and what had ended is not.
 
 Reading what is committed takes seconds. From nothing it takes 6 hours on 2 CPU cores,
 which were at times busy with other work: the sum of what the results say of their wall
-time. Of these 41 % are the training of `compare`, 22 % `ablations`. With --quick, small
-numbers throughout, it takes QQQ minutes of processor time.
+time. Of these 39 % are the training of `compare`, 22 % `ablations`. With --quick, small
+numbers throughout, it takes 5 minutes of processor time.
 """
 
 import dataclasses

@@ -12,8 +12,8 @@ for 10 iterations, which is half of softmax's own.
 Takes 3 minutes of one CPU core, with --quick half a minute. As measured:
 
 * Of the gain of 10 iterations, 0.20 of the residual, the weights alone make 0.15.
-* The swap alone makes none beyond the seeds (0.00 ± 0.09), and takes softmax's weights from an accuracy of 0.94 to
-  0.31; that to softmax takes Sinkhorn's from 0.93 to 0.84.
+* The swap alone makes none beyond the seeds (0.00 ± 0.09), and takes softmax's weights
+  from an accuracy of 0.94 to 0.31; that to softmax takes Sinkhorn's from 0.93 to 0.84.
 
 The question is not asked in Lapenna et al. 2026, https://arxiv.org/abs/2604.07925,
 whose claim it takes apart.

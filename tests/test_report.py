@@ -94,7 +94,7 @@ def test_long_tables_are_folded_and_docstrings_are_text(tmp_path):
         finding = {"claim": "a", "verdict": "not supported", "text": "b"}
         section = report_page.Section(
             name="a",
-            about="Asks?\n\n    command <x>\n\nOne\nline:\n\n* First\n  item.\n* Two.\n",
+            about="Asks?\n\n    run <x>\n\nOne\nline:\n\n* First\n  item.\n* Two.\n",
             result={
                 "findings": [finding] * num_claims,
                 "config": {},
@@ -105,7 +105,7 @@ def test_long_tables_are_folded_and_docstrings_are_text(tmp_path):
         return report_page.render([section])
 
     few = page(2)
-    assert "<pre>command &lt;x&gt;</pre><p>One line:</p>" in few
+    assert "<pre>run &lt;x&gt;</pre><p>One line:</p>" in few
     assert "<ul><li>First item.</li><li>Two.</li></ul>" in few
     assert "<details open><summary>Claims: 2 not supported<" in few
     assert "<details><summary>Claims: 99 not supported<" in page(99)
