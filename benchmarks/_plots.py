@@ -19,7 +19,7 @@ from ._record import Row
 
 # Okabe and Ito's colours and some of Tol's, told apart in all forms of colour
 # blindness. Cold ones are ours and warm ones the peers'.
-OURS: Final = ("#0072B2", "#009E73", "#56B4E9", "#332288")
+OURS: Final = ("#0072B2", "#009E73", "#56B4E9", "#332288", "#44AA99")
 THEIRS: Final = ("#D55E00", "#CC79A7", "#E69F00", "#882255", "#999933")
 SOFTMAX_COLOURS: Final = ("#000000", "#777777")
 MARKERS: Final = "osD^vP*X<>hp"
