@@ -100,6 +100,9 @@ def product(
         if x.dtype == jnp.float32
         else jax.lax.Precision.DEFAULT
     )
+    if 1 in (*x.shape, *y.shape):
+        # Pallas multiplies vectors outside the matrix unit, and there cannot widen.
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     dims = ((contract[0],), (contract[1],)), ((), ())
     return jax.lax.dot_general(
         x, y, dims, precision=precision, preferred_element_type=jnp.float32
