@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._batch import varying_like, with_more_matrices
-from .._gradient import Exact
+from ._kernels import to_unit, why_not_options
 from ._mosaic_tpu_backward import backward
 from ._mosaic_tpu_blocks import check_fits, default_blocks
 from ._mosaic_tpu_forward import forward
@@ -64,16 +64,7 @@ def why_not(problem: Problem) -> str | None:
     """It takes what its kernels were written for, and says what that is."""
     if problem.dtype not in (jnp.float32, jnp.bfloat16):
         return f"a TPU kernel takes float32 and bfloat16, got {problem.dtype}"
-    if problem.has_bias or problem.has_mask:
-        name = "bias" if problem.has_bias else "mask"
-        return f"it takes sequence lengths but no {name}"
-    if problem.dropout_rate > 0:
-        return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
-    if problem.options.finish != "rows":
-        return f"it takes finish='rows', got {problem.options.finish!r}"
-    if not isinstance(problem.options.gradient, Exact):
-        return f"it takes gradient=Exact(), got {problem.options.gradient}"
-    return None
+    return why_not_options(problem)
 
 
 def prefer(problem: Problem, platform: str) -> bool:
@@ -109,7 +100,7 @@ def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
     check_fits(problem, blocks, "backward")
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = _to_unit(varying_like(dout, query))
+    dout, size = to_unit(varying_like(dout, query))
     dq, dk, dv = with_more_matrices(
         functools.partial(backward, problem, blocks),
         num_rows,
@@ -172,18 +163,3 @@ def _from_cols(problem, x):
     groups = problem.num_heads // problem.num_key_heads
     x = x.reshape(problem.batch, problem.num_key_heads, groups, *x.shape[1:])
     return jnp.moveaxis(x.sum(axis=2), 3, 1)[:, : problem.s]
-
-
-def _to_unit(dout):
-    """Cotangents of order 1, and what they were divided by, for every head.
-
-    The pull-back is linear; a large cotangent must not take factors out of range. A
-    power of 2 leaves bfloat16 as it is.
-    """
-    top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
-    # Two halves: a subnormal cotangent has no finite reciprocal.
-    half = exponent // 2
-    down = [jnp.ldexp(jnp.float32(1), -x) for x in (half, exponent - half)]
-    dout = dout * down[0].astype(dout.dtype) * down[1].astype(dout.dtype)
-    return dout, jnp.ldexp(jnp.float32(1), exponent)

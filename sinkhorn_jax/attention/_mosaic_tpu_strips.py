@@ -130,11 +130,6 @@ def col_sums(x: Float[Array, "I S"]) -> Float[Array, "1 S"]:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 for padding, which is where the sum is 0 and nowhere else."""
-    return jnp.where(x == 0, 0.0, 1 / jnp.where(x == 0, 1.0, x))
-
-
 def _row_maxima(x):
     # A row of padding has no maximum; -inf less the least number is still -inf.
     top = jnp.max(x, axis=1, keepdims=True)
