@@ -69,11 +69,28 @@ def map_and_add(
     return out, total
 
 
-def with_more_matrices(fn: Callable[..., Any], *arrays: Array) -> Any:
-    """`fn(*arrays)`, all with a leading axis of matrices: an axis of `vmap` is more.
+def with_more_matrices(fn: Callable[..., Any], *arrays: Array | None) -> Any:
+    """`fn(*arrays)`, where an axis of `vmap` is more of the leading axis.
 
-    For Pallas kernels, which would get the axis in front of their grid instead.
+    Each array and result has a leading axis, of matrices or of what they share, such as
+    the elements of a batch that has several heads each. For Pallas kernels, which would
+    get the axis of `vmap` in front of their grid instead.
+
+    Raises:
+        NotImplementedError: It is differentiated, which Pallas cannot: what calls it
+            has its own derivative, and that is being differentiated again.
     """
+
+    @jax.custom_jvp
+    def once(*arrays):
+        return call(*arrays)
+
+    @once.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "The derivative of a kernel cannot be differentiated again: it is a kernel "
+            "too. For second derivatives use implementation='reference'."
+        )
 
     @custom_vmap
     def call(*arrays):
@@ -81,20 +98,28 @@ def with_more_matrices(fn: Callable[..., Any], *arrays: Array) -> Any:
 
     @call.def_vmap
     def _(axis_size, in_batched, *arrays):
+        def one(x, is_batched):
+            return jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype)
+
         def fold(x, is_batched):
             if not is_batched:
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))
             return x.reshape(axis_size * x.shape[1], *x.shape[2:])
 
-        num = arrays[0].shape[int(in_batched[0])]
-        arrays = map(fold, arrays, in_batched)
-        out = jax.tree.map(
-            lambda x: x.reshape(axis_size, num, *x.shape[1:]),
-            with_more_matrices(fn, *arrays),
-        )
+        def unfold(x):
+            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
+
+        # None among the arrays is no leaf.
+        in_batched = tuple(in_batched)
+        if axis_size == 0:  # No kernel has an empty grid.
+            out = jax.eval_shape(fn, *jax.tree.map(one, arrays, in_batched))
+            out = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), out)
+        else:
+            arrays = jax.tree.map(fold, arrays, in_batched)
+            out = jax.tree.map(unfold, with_more_matrices(fn, *arrays))
         return out, jax.tree.map(lambda _: True, out)
 
-    return call(*arrays)
+    return once(*arrays)
 
 
 @custom_vmap

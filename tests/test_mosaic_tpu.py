@@ -199,6 +199,24 @@ def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
     assert_close(got, expected, RTOL["float32"])
 
 
+def test_an_empty_axis_of_vmap(interpreted):
+    query, key, value, _ = operands(3, 2, b=1)
+
+    def solve(query):
+        def attend(query):
+            return sinkhorn_attention(
+                query, key, value, implementation="mosaic_tpu", num_iters=2
+            )
+
+        out, pull_back = jax.vjp(attend, query)
+        return out, *pull_back(out)
+
+    none = jnp.zeros((0, *query.shape), query.dtype)
+    out, grad = interpreted(jax.vmap(solve), none)
+    assert out.shape == (0, 1, 3, 2, 4)
+    assert grad.shape == none.shape
+
+
 @pytest.mark.parametrize("num_iters", [0, 2])
 def test_shard_map_lowers_with_its_checks_of_what_varies(num_iters):
     mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -248,6 +266,61 @@ def test_lowers_for_tpu(monkeypatch, dtype, tokens, regime):
     text = program.as_text()
     assert text.count("@tpu_custom_call") == 2, "One kernel forward and one backward."
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(("h", "d"), [(1, 8), (8, 1)])
+def test_lowers_with_a_dimension_of_one(h, d):
+    shapes = (1, 9, 1, h), (1, 5, 1, h), (1, 5, 1, d), (1, 9, 1, d)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    program = jax.jit(step(num_iters=2)).trace(*arrays)
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 2
+
+
+def traced_for(kind):
+    """Tracing for a TPU that is not there."""
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+# 4096 keys of dimension 256 in float32: compiled, the kernels take 18 and 19 MiB.
+TOO_LONG = [jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.float32)] * 4
+
+
+def test_refuses_what_vmem_cannot_hold():
+    with traced_for("TPU v4"), pytest.raises(NotImplementedError) as error:
+        jax.eval_shape(step(), *TOO_LONG)
+    for part in (
+        "forward kernel holds all keys and values of a head in VMEM",
+        r"this TPU has 16 MiB, and needs at least 17\.4 MiB",
+        "4096 keys of dimension 256 and values of dimension 256 in float32",
+        "num_iters=10.*'streaming'",
+    ):
+        assert re.search(part, str(error.value))
+    with traced_for("TPU v5 lite"):
+        jax.eval_shape(step(), *TOO_LONG)
+    jax.eval_shape(step(), *TOO_LONG)  # No TPU is known.
+
+
+def test_refuses_the_backward_pass_alone():
+    arrays = [jax.ShapeDtypeStruct((1, 8192, 2, 128), jnp.bfloat16)] * 4
+    attend = functools.partial(sinkhorn_attention, implementation="mosaic_tpu")
+    with traced_for("TPU v4"):
+        jax.eval_shape(attend, *arrays[:3])
+        with pytest.raises(NotImplementedError, match=r"backward kernel.* 16 MiB"):
+            jax.eval_shape(step(), *arrays)
+
+
+def test_refuses_second_derivatives():
+    query, key, value, _ = operands(3, 2, b=1)
+
+    def loss(query):
+        options = {"num_iters": 1, "implementation": "mosaic_tpu"}
+        return (sinkhorn_attention(query, key, value, **options) ** 2).sum()
+
+    with pytest.raises(NotImplementedError, match=r"second derivatives .*'reference'"):
+        jax.eval_shape(jax.hessian(loss), query)
 
 
 def problem(**changed):

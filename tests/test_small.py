@@ -236,6 +236,16 @@ def test_many_matrices_vmap_and_a_last_block_that_is_not_full(interpreted, const
     chex.assert_trees_all_close(got, solve(logits, "scaling"), atol=ATOL)
 
 
+def test_an_empty_axis_of_vmap(interpreted):
+    def solve(logits):
+        return jax.grad(lambda z: sinkhorn(z, 2, implementation="mosaic_tpu").sum())(
+            logits
+        )
+
+    none = jnp.zeros((0, M, T, S), "float32")
+    assert interpreted(jax.vmap(solve), none).shape == none.shape
+
+
 def step(logits, cotangent, **options):
     """Plan and gradient, potentials and theirs."""
     plan, pull_back = jax.vjp(lambda z: sinkhorn(z, **options), logits)
@@ -374,6 +384,15 @@ def test_why_not(name, changed, says):
     entry = IMPLEMENTATIONS[name]
     assert entry.why_not(problem()) is None
     assert re.search(says, entry.why_not(problem(**changed)))
+
+
+@kernels
+def test_refuses_second_derivatives(name):
+    def loss(logits):
+        return (sinkhorn(logits, 1, implementation=name) ** 2).sum()
+
+    with pytest.raises(NotImplementedError, match=r"second derivatives .*'reference'"):
+        jax.eval_shape(jax.hessian(loss), random(0, (T, S)))
 
 
 @kernels

@@ -138,7 +138,9 @@ def sinkhorn_attention(
             Python number.
         ValueError: Shapes disagree or are empty, `is_causal`, a negative `num_iters`,
             an unknown `finish` or `implementation`, a dropout rate without a key.
-        NotImplementedError: The named implementation cannot run this problem.
+        NotImplementedError: The named implementation cannot run this problem, or the
+            TPU that "mosaic_tpu" is traced for has too little VMEM for it; in the
+            backward pass, if only that needs more.
 
     `local_window_size` and `return_residual` of `jax.nn.dot_product_attention` are left
     out: a window rarely admits a doubly stochastic plan, and f and g are not one number

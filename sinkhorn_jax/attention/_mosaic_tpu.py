@@ -23,13 +23,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from .._batch import varying_like
-from .._gradient import Exact
+from .._batch import varying_like, with_more_matrices
+from ._kernels import to_unit, why_not_options
 from ._mosaic_tpu_backward import backward
-from ._mosaic_tpu_blocks import default_blocks
+from ._mosaic_tpu_blocks import check_fits, default_blocks
 from ._mosaic_tpu_forward import forward
 from ._problem import Operands, Problem, vary_alike
 
@@ -38,13 +37,20 @@ from ._problem import Operands, Problem, vary_alike
 def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
-    """Output and, on request, marginal error."""
+    """Output and, on request, marginal error.
+
+    Raises:
+        NotImplementedError: The TPU that is traced for lacks VMEM. If only the backward
+            kernel lacks it, the pull-back raises that.
+    """
+    blocks = default_blocks(problem, "forward")
+    check_fits(problem, blocks, "forward")
     operands = vary_alike(operands)
     lengths = _lengths(problem, operands)
     num_rows, num_cols = varying_like(lengths, operands.query)
     return _attend(
         problem,
-        default_blocks(problem, "forward"),
+        blocks,
         default_blocks(problem, "backward"),
         num_rows,
         num_cols,
@@ -58,16 +64,7 @@ def why_not(problem: Problem) -> str | None:
     """It takes what its kernels were written for, and says what that is."""
     if problem.dtype not in (jnp.float32, jnp.bfloat16):
         return f"a TPU kernel takes float32 and bfloat16, got {problem.dtype}"
-    if problem.has_bias or problem.has_mask:
-        name = "bias" if problem.has_bias else "mask"
-        return f"it takes sequence lengths but no {name}"
-    if problem.dropout_rate > 0:
-        return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
-    if problem.options.finish != "rows":
-        return f"it takes finish='rows', got {problem.options.finish!r}"
-    if not isinstance(problem.options.gradient, Exact):
-        return f"it takes gradient=Exact(), got {problem.options.gradient}"
-    return None
+    return why_not_options(problem)
 
 
 def prefer(problem: Problem, platform: str) -> bool:
@@ -86,7 +83,7 @@ def _attend_fwd(
     problem, blocks, backward_blocks, num_rows, num_cols, query, key, value
 ):
     del backward_blocks
-    out, error, bases, scalings = _with_more_heads(
+    out, error, bases, scalings = with_more_matrices(
         functools.partial(forward, problem, blocks),
         num_rows,
         num_cols,
@@ -100,10 +97,11 @@ def _attend_fwd(
 
 def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
     del forward_blocks
+    check_fits(problem, blocks, "backward")
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = _to_unit(varying_like(dout, query))
-    dq, dk, dv = _with_more_heads(
+    dout, size = to_unit(varying_like(dout, query))
+    dq, dk, dv = with_more_matrices(
         functools.partial(backward, problem, blocks),
         num_rows,
         num_cols,
@@ -118,30 +116,6 @@ def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _with_more_heads(fn, *arrays):
-    """`fn`, whose arrays begin with batch or heads: an axis of `vmap` is more of it.
-
-    Pallas would put the axis in front of the grid, where a kernel's grid has none.
-    """
-
-    @custom_vmap
-    def call(*arrays):
-        return fn(*arrays)
-
-    @call.def_vmap
-    def _(axis_size, in_batched, *arrays):
-        def fold(x, is_batched):
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
-
-        out = _with_more_heads(fn, *jax.tree.map(fold, arrays, tuple(in_batched)))
-        out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call(*arrays)
 
 
 def _lengths(problem, operands):
@@ -189,18 +163,3 @@ def _from_cols(problem, x):
     groups = problem.num_heads // problem.num_key_heads
     x = x.reshape(problem.batch, problem.num_key_heads, groups, *x.shape[1:])
     return jnp.moveaxis(x.sum(axis=2), 3, 1)[:, : problem.s]
-
-
-def _to_unit(dout):
-    """Cotangents of order 1, and what they were divided by, for every head.
-
-    The pull-back is linear; a large cotangent must not take factors out of range. A
-    power of 2 leaves bfloat16 as it is.
-    """
-    top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
-    # Two halves: a subnormal cotangent has no finite reciprocal.
-    half = exponent // 2
-    down = [jnp.ldexp(jnp.float32(1), -x) for x in (half, exponent - half)]
-    dout = dout * down[0].astype(dout.dtype) * down[1].astype(dout.dtype)
-    return dout, jnp.ldexp(jnp.float32(1), exponent)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from .._batch import varying_like
+from ._kernels import reciprocal
 from ._mosaic_tpu_blocks import (
     LANES,
     Blocks,
@@ -38,7 +39,6 @@ from ._mosaic_tpu_strips import (
     Ref,
     col_sums,
     product,
-    reciprocal,
     result,
     row_sums,
 )

@@ -24,6 +24,8 @@ MIN_STRIP_ROWS: Final = 32  # Where VMEM has room; fewer leave a matrix unit wai
 # what the compiler took, which benchmarks/results/compiled keeps.
 SPILLED_STRIPS: Final = {"forward": 4, "backward": 6}
 SPILLED_BYTES: Final = {"forward": 64, "backward": 192}
+# Of the spills, what a kernel that nearly fills VMEM was never compiled without.
+CERTAIN_SPILLS: Final = {"forward": 0.0, "backward": 0.75}
 
 Direction = Literal["forward", "backward"]
 
@@ -79,7 +81,7 @@ def default_blocks(
 
     Returns:
         The largest strips that fit, up to what `STRIP_BYTES` says. If none do, the
-        smallest: the compiler then says what it lacks, or has more than is known here.
+        smallest: see `check_fits`.
     """
     vmem = vmem_capacity()
     regimes = ("resident", "strip") if regime is None else (regime,)
@@ -106,6 +108,32 @@ def _choices(problem: Problem, is_resident: bool) -> Iterator[Blocks]:
         if rows == SUBLANES:
             return
         most = max(SUBLANES, rows // 2)
+
+
+def check_fits(problem: Problem, blocks: Blocks, direction: Direction) -> None:
+    """Refuse what a TPU that is known has too little VMEM for.
+
+    That is where a kernel needs more at least. Where it may need more, at most, the
+    compiler decides; and where no TPU is known, nothing is refused.
+
+    Raises:
+        NotImplementedError: It has too little.
+    """
+    if direction == "forward" and problem.batch * problem.num_heads == 1:
+        return  # Of a single head nothing is there twice.
+    spare = (1 - CERTAIN_SPILLS[direction]) * _spills(blocks, direction)
+    least = vmem_bytes(problem, blocks, direction) - spare
+    if not pltpu.is_tpu_device() or least <= vmem_capacity():
+        return
+    raise NotImplementedError(
+        "implementation='mosaic_tpu' cannot run here: its "
+        f"{direction} kernel holds all keys and values of a head in VMEM, of which "
+        f"this TPU has {vmem_capacity() / 2**20:.0f} MiB, and needs at least "
+        f"{least / 2**20:.1f} MiB for {problem.s} keys of dimension "
+        f"{problem.head_dim} and values of dimension {problem.value_dim} in "
+        f"{problem.dtype} with num_iters={problem.options.num_iters}. Make one of "
+        "these smaller, or use implementation='streaming'."
+    )
 
 
 def vmem_capacity() -> int:
@@ -140,7 +168,7 @@ def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
     strip = 4 * blocks.rows * cols
     vectors = 2 * 4 * SUBLANES * cols
     once = 4 * held * cols + vectors
-    once += SPILLED_STRIPS[direction] * strip + SPILLED_BYTES[direction] * cols
+    once += _spills(blocks, direction)
     # Operands and results are there twice, one in use and one on its way, but for those
     # that the backward kernel keeps once.
     if direction == "forward":
@@ -152,6 +180,11 @@ def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
             4 * rank * LANES * math.ceil(blocks.num_strips / strips_in_lanes(blocks))
         )
     return once + 2 * (rows + 4 * held * h_lanes)
+
+
+def _spills(blocks: Blocks, direction: Direction) -> int:
+    strip = 4 * blocks.rows * blocks.cols
+    return SPILLED_STRIPS[direction] * strip + SPILLED_BYTES[direction] * blocks.cols
 
 
 def vmem_limit(problem: Problem, blocks: Blocks, direction: Direction) -> int:

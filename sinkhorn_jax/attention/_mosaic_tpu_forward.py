@@ -22,13 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from ._kernels import reciprocal
 from ._mosaic_tpu_blocks import LANES, Blocks, vmem_limit
 from ._mosaic_tpu_strips import (
     Head,
     Ref,
     col_sums,
     product,
-    reciprocal,
     result,
     row_sums,
 )

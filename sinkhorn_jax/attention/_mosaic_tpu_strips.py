@@ -100,6 +100,9 @@ def product(
         if x.dtype == jnp.float32
         else jax.lax.Precision.DEFAULT
     )
+    if 1 in (*x.shape, *y.shape):
+        # Pallas multiplies vectors outside the matrix unit, and there cannot widen.
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     dims = ((contract[0],), (contract[1],)), ((), ())
     return jax.lax.dot_general(
         x, y, dims, precision=precision, preferred_element_type=jnp.float32
@@ -125,11 +128,6 @@ def row_sums(x: Float[Array, "I S"]) -> Float[Array, "I 1"]:
 def col_sums(x: Float[Array, "I S"]) -> Float[Array, "1 S"]:
     """As `row_sums`."""
     return jnp.sum(x, axis=0, keepdims=True)
-
-
-def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 for padding, which is where the sum is 0 and nowhere else."""
-    return jnp.where(x == 0, 0.0, 1 / jnp.where(x == 0, 1.0, x))
 
 
 def _row_maxima(x):
