@@ -59,6 +59,19 @@ def log_sum(
     return next_top, total * jnp.exp(top - next_top) + more
 
 
+def log_sum_of_cols(
+    carry: tuple[Float[Array, " J"], Float[Array, " J"]],
+    logits: Float[Array, "I J"],
+    f: Float[Array, " I"],
+) -> tuple[Float[Array, " J"], Float[Array, " J"]]:
+    """Column maxima of logits + f and sums under them, with more rows; as `log_sum`."""
+    top, total = carry
+    x = logits + along_rows(f, logits)
+    next_top = jnp.maximum(top, x.max(axis=0))
+    more = jnp.exp(x - along_cols(next_top, x)).sum(axis=0)
+    return next_top, total * jnp.exp(top - next_top) + more
+
+
 def weighted(
     kernel: Float[Array, "I J"], left: Float[Array, " I"], right: Float[Array, " J"]
 ) -> Float[Array, "I J"]:
