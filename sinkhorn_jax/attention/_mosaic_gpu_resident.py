@@ -170,7 +170,7 @@ def solve(
             start = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
             sums = over(num_cols, add, start).sum(axis=1)
             u_tile[i] = reciprocal(sums)
-            valid = sums > 0
+            valid = sums != 0
             f = of_rows(base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
             put_f(k + jnp.int32(1), i, f, valid)
 
@@ -186,7 +186,7 @@ def solve(
             def _():
                 weight = of_cols(share_tile, j) * reciprocal(sums)
                 weight_tile[j] = weight
-                valid = sums > 0
+                valid = sums != 0
                 g = of_cols(base_g, j) + jnp.log(jnp.where(valid, weight, 1.0))
                 put_g(k + jnp.int32(2), j, g, valid)
 

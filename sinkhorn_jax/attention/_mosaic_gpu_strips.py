@@ -91,7 +91,7 @@ def col_sums(kernel: Float[Array, "I J"], weights: Float[Array, " I"]):
 
 def operand(*shape: int, dtype: jnp.dtype) -> Any:
     """Shared memory for what the tensor cores multiply, in their order."""
-    width = min(64, shape[-1])
+    width = min(128 // dtype.itemsize, shape[-1])
     swizzle = width * dtype.itemsize
     transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
