@@ -28,7 +28,7 @@ class Blocks:
             the sums over its rows and those over its columns. Otherwise it is made
             twice.
         period: Iterations for which the kernel matrix of a head stays in shared
-            memory, in a forward pass of one launch; 0 for one launch each.
+            memory, in a forward pass of one launch. 0 for a launch each.
     """
 
     tile: int
@@ -82,8 +82,8 @@ def default_blocks(problem: Problem) -> Blocks:
 def max_period(problem: Problem) -> int:
     """Iterations until an entry of a kernel matrix that float32 lost could matter.
 
-    Each takes an entry up by T S at most, and a sum of the plan is no further below an
-    entry of 1 than that; what was lost then adds up to less than 1e-8 of it.
+    Each takes an entry up by T S at most, and sums have as many entries and are no
+    further from 1. Less than 1e-8 of any sum is lost.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
     most = math.log(1e-8 / tiny) / math.log(max(2, problem.t * problem.s))

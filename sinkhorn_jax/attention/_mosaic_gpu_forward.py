@@ -1,6 +1,7 @@
 """Forward GPU kernels of Sinkhorn attention: a launch for every pass over the plan.
 
-With the plan P = exp(Z + f + g) of the logits Z, whose columns are right, a pass is
+For heads that shared memory does not hold. With the plan P = exp(Z + f + g) of the
+logits Z, whose columns are right, a pass is
 
     s = P 1        f -= log s        g += log b - log(P^T (1 / s))
 

@@ -6,10 +6,14 @@ right it makes E = exp(Z + f + g) once, and then only multiplies by it: with v =
     u = 1 / (E v)        f_k = f + log u
     v = share / (E^T u)  g_k = g + log v
 
-No row of such a plan is below 1 / S or above T, and a row step and a column step keep
-that: a step takes u up by S at most and v by T. So what E has rounded to 0 cannot
-matter before (T S)^k comes near to the range of float32, and E is made afresh from the
-potentials after so many steps (`Blocks.period`). Nothing has to be detected.
+in float32, and not on the tensor cores, which would round u and v.
+
+No row of such a plan sums to less than 1 / S or more than T, and a row step and a
+column step keep that: together they take u up by S at most, and v by T. So what E has
+rounded to 0 cannot matter before (T S)^k comes near to the range of float32, and E is
+made afresh from the potentials after so many steps (`max_period`). Nothing has to be
+detected. Of each entry that is two exponentials for the softmax and the first column
+step, and one for every such period.
 """
 
 import jax
@@ -90,7 +94,6 @@ def solve(
         )
 
         def kernel_at(i, j):
-            # Each thread reads back what it has written itself.
             return plgpu.layout_cast(e_tile[i, j], TILE)
 
         def over(count, step, carry):
@@ -111,13 +114,16 @@ def solve(
             return over_tiles(num_cols, 2, barrier, copies, multiply, carry)
 
         def softmax(i, nothing):
+            # Read before a barrier, written after it: four threads share a row.
+            valid = of_rows(f_tile, i) == 0
+
             def step(j, products, carry):
                 e_tile[i, j] = products * jnp.float32(problem.scale)
                 return log_sum(carry, products, of_cols(g_tile, j), problem.scale)
 
             least = zeros(tile) + jnp.finfo(jnp.float32).min
             top, total = of_products(i, step, (least, zeros(tile)))
-            put_f(0, i, -(top + jnp.log(total)), of_rows(f_tile, i) == 0)
+            put_f(0, i, -(top + jnp.log(total)), valid)
             return nothing
 
         def put_f(k, i, f, valid):
