@@ -1,8 +1,8 @@
 """Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
 
-Where shared memory holds the kernel matrix of a head in float32 (192 x 192 entries, or
-128 x 256), the forward pass is one launch, and a program has a head. 197 x 197 are 256
-x 256 in whole tiles, and too many.
+Where shared memory holds the kernel matrix of a head in float32 (192 x 192 entries with
+64 head dimensions, 128 x 256 with 128), the forward pass is one launch, and a program
+has a head. 197 x 197 are 256 x 256 in whole tiles, and too many.
 
 Otherwise, and always in the backward pass, a program has a strip of 64 rows and passes
 over all columns, tile by tile. One pass is one launch, because column sums cross
