@@ -27,6 +27,7 @@ from sinkhorn_jax._options import Options
 from sinkhorn_jax.attention import IMPLEMENTATIONS, _mosaic_gpu
 from sinkhorn_jax.attention import _mosaic_gpu_backward as gpu_backward
 from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
+from sinkhorn_jax.attention import _mosaic_gpu_resident as gpu_resident
 from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
 from sinkhorn_jax.attention._kernels import reciprocal
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
@@ -34,8 +35,10 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     SHARED_MEMORY,
     Blocks,
     default_blocks,
+    max_period,
     num_steps,
     pull_back_slots,
+    resident_bytes,
     sweep_bytes,
 )
 from sinkhorn_jax.attention._problem import Problem
@@ -106,6 +109,15 @@ def assert_close(got, expected, rtol):
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-2, atol=rtol)
 
 
+def use_blocks(patch, **changed):
+    """Take blocks with these changes: period=0 are launches for every pass."""
+
+    def blocks(problem):
+        return dataclasses.replace(default_blocks(problem), **changed)
+
+    patch.setattr(_mosaic_gpu, "default_blocks", blocks)
+
+
 # Tile functions.
 
 
@@ -145,6 +157,18 @@ def test_log_sum_over_tiles_in_any_cut(tile):
         np.testing.assert_allclose(log_sum(*cuts), expected, rtol=1e-6)
     nothing = strips.log_sum(least, products, jnp.full(9, -jnp.inf, "float32"), 2.0)
     assert (nothing[0] + jnp.log(nothing[1]) == -np.inf).all()
+
+
+def test_log_sum_of_columns_is_that_of_the_rows_transposed(tile):
+    products, f, _ = tile
+    least = jnp.full(9, jnp.finfo("float32").min), jnp.zeros(9, "float32")
+    carry = strips.log_sum_of_cols(least, products[:2], f[:2])
+    # The last row is padding.
+    got = strips.log_sum_of_cols(carry, products[2:], f[2:])
+    x = np.asarray(products, "float64") + np.asarray(f, "float64")[:, None]
+    np.testing.assert_allclose(
+        got[0] + jnp.log(got[1]), reference.logsumexp(x, 0), rtol=1e-6
+    )
 
 
 def test_sums_and_shares_of_a_tile(tile):
@@ -228,6 +252,7 @@ def passes(monkeypatch):
     """`step` in float32 on the CPU: all but the kernels is the implementation's."""
     why_not = IMPLEMENTATIONS["mosaic_gpu"].why_not
     assert "float32" in why_not(problem(dtype=jnp.dtype("float32")))
+    use_blocks(monkeypatch, period=0)
     monkeypatch.setattr(gpu_forward, "log_row_sums", log_row_sums)
     monkeypatch.setattr(gpu_forward, "sweep", sweep)
     monkeypatch.setattr(gpu_forward, "apply", apply)
@@ -328,8 +353,11 @@ def on_device():
     jax.clear_caches()
 
 
-def test_kernels_agree_with_float64(on_device):
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_kernels_agree_with_float64(on_device, monkeypatch, is_resident):
     """All of them: several strips and tiles, padding, heads that share keys."""
+    if not is_resident:
+        use_blocks(monkeypatch, period=0)
     arrays = operands(70, 130)
     lengths = {"query_seq_lengths": [69], "key_value_seq_lengths": [100]}
     options = as_arrays({**lengths, "num_iters": 2})
@@ -342,21 +370,75 @@ def test_kernels_agree_with_float64(on_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("num_iters", [0, 1, 3])
-@pytest.mark.parametrize("is_held", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "num_iters"),
+    [({"is_held": x, "period": 0}, k) for x in (True, False) for k in (0, 1, 3)]
+    # The kernel matrix of a head made once, and twice.
+    + [({}, 1), ({}, 3), ({"period": 2}, 3)],
+    ids=str,
+)
 def test_more_kernels_agree_with_float64(
-    on_device, monkeypatch, dtype, num_iters, is_held
+    on_device, monkeypatch, dtype, changed, num_iters
 ):
-    """Also on the second way through a strip, and with two tiles of the head."""
-
-    def blocks(problem):
-        return dataclasses.replace(default_blocks(problem), is_held=is_held)
-
-    monkeypatch.setattr(_mosaic_gpu, "default_blocks", blocks)
+    """Every way through a strip and a head, and two tiles of the head's dimension."""
+    use_blocks(monkeypatch, **changed)
     arrays = operands(66, 70, dtype, n=1, h=100, d=20, scale=2.0)
     got = on_device(step(num_iters=num_iters), *arrays)
     expected = step("reference", num_iters=num_iters)(*exact(arrays))
     assert_close(got, expected, RTOL[dtype])
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")
+def test_a_resident_head_of_hostile_logits(on_device):
+    """In float32, through one-hot queries. Made once, the matrix loses the cross."""
+    n, num_iters = 18, 21
+    cases = hostile_logits(n)
+    hardest = (
+        "standard deviation 100",
+        "a column at +300",
+        "column offsets of 400",
+        "0 on a cross, -120 elsewhere",
+        "one entry at +300",
+    )
+    named = {name: cases[name] for name in hardest}
+    hostile = problem(
+        t=n,
+        s=n,
+        num_heads=len(named),
+        num_key_heads=len(named),
+        dtype=jnp.dtype("float32"),
+        options=Options(num_iters),
+        return_marginal_error=True,
+    )
+    blocks = dataclasses.replace(default_blocks(hostile), period=max_period(hostile))
+    assert num_iters // blocks.period == 2
+
+    def padded(x):
+        return np.pad(x, ((0, 0), (0, 64 - n), (0, 64 - n)))
+
+    logits = np.stack(list(named.values()))
+    eye = padded(np.broadcast_to(np.eye(n, dtype="float32"), logits.shape))
+    valid = np.broadcast_to(np.arange(64) < n, eye.shape[:2])
+    share = np.ones((len(named), 1), "float32")
+    with jax.default_matmul_precision("highest"):
+        plan, fs, gs, sums = on_device(
+            functools.partial(gpu_resident.solve, hostile, blocks),
+            *(eye, padded(logits), eye, valid, valid, share),
+        )
+    for i, (name, z) in enumerate(named.items()):
+        f, g = reference.potentials(z.astype("float64"), num_iters)[:2]
+        expected = np.exp(z + f[:, None] + g)
+        # Potentials of 400 are rounded to 3e-5, and the logits themselves less.
+        got = plan[i, :n, :n]
+        np.testing.assert_allclose(got, expected, atol=3e-5, err_msg=name)
+        np.testing.assert_allclose(got.sum(axis=1), 1, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            sums[i, :n], expected.sum(axis=0), atol=3e-5, err_msg=name
+        )
+        again = np.exp(z.astype("float64") + fs[-1, i, :n, None] + gs[-1, i, :n])
+        np.testing.assert_allclose(again, expected, atol=1e-4, err_msg=name)
+    assert (fs[:, :, n:] == -np.inf).all()
+    assert (gs[:, :, n:] == -np.inf).all()
 
 
 @pytest.mark.slow
@@ -381,14 +463,17 @@ def test_vmap_agrees_with_float64(on_device):
 
 
 @pytest.mark.slow
-def test_repeats_are_the_same_bits(on_device):
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
+    if not is_resident:
+        use_blocks(monkeypatch, period=0)
     arrays = operands(130, 70)
     first, again = (on_device(step(num_iters=2), *arrays) for _ in range(2))
     chex.assert_trees_all_equal(first, again)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="It needs a GPU.")
-@pytest.mark.parametrize("tokens", [197, 1024, 4096])
+@pytest.mark.parametrize("tokens", [128, 197, 1024, 4096])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_repeats_on_a_gpu(tokens, head_dim):
     arrays = operands(tokens, tokens, n=4, k=2, h=head_dim, d=head_dim)
@@ -411,29 +496,37 @@ def lowered(fn, *shapes, dtype):
     return program.as_text()
 
 
-def assert_lowers(dtype, t, s, head_dim, value_dim):
+def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
     text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype=dtype)
-    names = "log_row_sums", "sweep", "apply", "seed", "pull_back"
-    calls = [text.count(f"sinkhorn_attention_{name}") for name in names]
-    assert all(calls), dict(zip(names, calls, strict=True))
+    names = ["sweep", "seed", "pull_back"]
+    names += ["resident"] if is_resident else ["log_row_sums", "apply"]
+    assert set(re.findall("sinkhorn_attention_([a-z_]+)", text)) >= set(names)
+    assert ("sinkhorn_attention_apply" in text) != is_resident
 
 
-# Each dtype, each width of an operand, and a strip that is held and one that is not.
+# Each dtype, each width of an operand, a strip that is held and one that is not, and a
+# head that is held.
 @pytest.mark.parametrize(
-    ("dtype", "t", "s", "head_dim", "value_dim"),
-    [("bfloat16", 197, 197, 64, 128), ("float16", 64, 1000, 128, 32)],
+    ("dtype", "t", "s", "head_dim", "value_dim", "is_resident"),
+    [
+        ("bfloat16", 197, 197, 64, 128, False),
+        ("float16", 64, 1000, 128, 32, False),
+        ("bfloat16", 128, 130, 128, 64, True),
+    ],
 )
-def test_lowers_for_cuda(dtype, t, s, head_dim, value_dim):
-    assert_lowers(dtype, t, s, head_dim, value_dim)
+def test_lowers_for_cuda(dtype, t, s, head_dim, value_dim, is_resident):
+    assert_lowers(dtype, t, s, head_dim, value_dim, is_resident=is_resident)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("tokens", [1, 197, 1024, 4096])
+@pytest.mark.parametrize(
+    ("t", "s"), [(128, 256), *((n, n) for n in (1, 128, 197, 256, 1024, 4096))]
+)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_more_lower_for_cuda(dtype, tokens, head_dim):
-    assert_lowers(dtype, tokens, tokens, head_dim, head_dim)
+def test_more_lower_for_cuda(dtype, t, s, head_dim):
+    assert_lowers(dtype, t, s, head_dim, head_dim, is_resident=t * s <= 128 * 256)
 
 
 # The table's line.
@@ -486,6 +579,49 @@ def test_short_strips_are_held():
     assert sweep_bytes(wide, default_blocks(wide)) < SHARED_MEMORY
 
 
+@pytest.mark.parametrize(
+    ("t", "s", "head_dim", "num_iters", "is_resident"),
+    [
+        (192, 192, 64, 10, True),
+        (192, 192, 64, 0, False),
+        (192, 192, 128, 10, False),
+        (193, 192, 64, 10, False),
+        (128, 256, 128, 10, True),
+        (256, 128, 128, 10, True),
+    ],
+)
+def test_short_heads_are_held(t, s, head_dim, num_iters, is_resident):
+    short = problem(
+        t=t, s=s, head_dim=head_dim, value_dim=head_dim, options=Options(num_iters)
+    )
+    blocks = default_blocks(short)
+    assert (blocks.period > 0) == is_resident
+    # In bytes: the kernel matrix; a tile of queries, two of keys and two of values, one
+    # of the plan; three vectors of rows and four of columns.
+    total = 4 * blocks.rows * blocks.cols + 2 * 64 * (5 * head_dim + 64)
+    total += 4 * (3 * blocks.rows + 4 * blocks.cols)
+    assert resident_bytes(short, blocks) == total
+    assert num_iters == 0 or (total <= SHARED_MEMORY) == is_resident
+
+
+@pytest.mark.parametrize(("t", "s"), [(18, 18), (18, 6), (6, 18)])
+def test_a_kernel_matrix_is_made_afresh_in_time(t, s):
+    """What potentials gain until then keeps what float32 loses below 1e-8 of a sum."""
+    period = max_period(problem(t=t, s=s))
+    lost = float(jnp.finfo("float32").tiny)
+    assert lost * float(t * s) ** (period + 1) <= 1e-8 < lost * (t * s) ** (period + 2)
+    for name, z in hostile_logits(18).items():
+        z = z[:t, :s].astype("float64")
+        f = -reference.logsumexp(z, 1)
+        g = np.log(t / s) - reference.logsumexp(z + f[:, None], 0)
+        first = f, g
+        for k in range(1, period + 1):
+            f = -reference.logsumexp(z + g, 1)
+            g = np.log(t / s) - reference.logsumexp(z + f[:, None], 0)
+            assert (f - first[0]).max() <= k * np.log(s) + 1e-9, name
+            assert (g - first[1]).max() <= k * np.log(t) + 1e-9, name
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("num_iters", [10, MAX_ITERS])
 def test_the_last_pass_fits_shared_memory(head_dim, num_iters):
@@ -503,5 +639,7 @@ def test_blocks_are_whole_tiles():
     blocks = default_blocks(problem())
     with pytest.raises(ValueError, match="tile must be 64, got 32"):
         dataclasses.replace(blocks, tile=32)
+    with pytest.raises(ValueError, match="period must be at least 0, got -1"):
+        dataclasses.replace(blocks, period=-1)
     with pytest.raises(ValueError, match="num_col_tiles must be at least 1, got 0"):
         Blocks(tile=64, num_row_tiles=1, num_col_tiles=0, is_held=True)

@@ -1,7 +1,10 @@
 """How the GPU kernels cut a head: tiles, and what shared memory they take."""
 
 import dataclasses
+import math
 from typing import Final
+
+import jax.numpy as jnp
 
 from ._problem import Problem
 
@@ -24,12 +27,15 @@ class Blocks:
         is_held: Whether the kernel matrix of a strip stays in shared memory between
             the sums over its rows and those over its columns. Otherwise it is made
             twice.
+        period: Iterations for which the kernel matrix of a head stays in shared
+            memory, in a forward pass of one launch. 0 for a launch each.
     """
 
     tile: int
     num_row_tiles: int
     num_col_tiles: int
     is_held: bool
+    period: int = 0
 
     def __post_init__(self):
         if self.tile != 64:
@@ -37,9 +43,11 @@ class Blocks:
                 f"Blocks.tile must be 64, got {self.tile}: a warpgroup's matrix "
                 "product has 64 rows, and either side of a tile becomes its rows."
             )
-        for name in ("num_row_tiles", "num_col_tiles"):
-            if (count := getattr(self, name)) < 1:
-                raise ValueError(f"Blocks.{name} must be at least 1, got {count}.")
+        for name, least in (("num_row_tiles", 1), ("num_col_tiles", 1), ("period", 0)):
+            if (count := getattr(self, name)) < least:
+                raise ValueError(
+                    f"Blocks.{name} must be at least {least}, got {count}."
+                )
 
     @property
     def rows(self) -> int:
@@ -53,7 +61,7 @@ class Blocks:
 
 
 def default_blocks(problem: Problem) -> Blocks:
-    """Tiles that cover the problem; strips are held where shared memory allows."""
+    """Tiles that cover the problem; what shared memory has room for is held."""
     tile = 64
     blocks = Blocks(
         tile=tile,
@@ -62,7 +70,32 @@ def default_blocks(problem: Problem) -> Blocks:
         is_held=True,
     )
     fits = sweep_bytes(problem, blocks) <= SHARED_MEMORY
-    return dataclasses.replace(blocks, is_held=fits)
+    # The softmax alone has no iterations to hold anything for.
+    is_resident = (
+        problem.options.num_iters > 0
+        and resident_bytes(problem, blocks) <= SHARED_MEMORY
+    )
+    period = max_period(problem) if is_resident else 0
+    return dataclasses.replace(blocks, is_held=fits, period=period)
+
+
+def max_period(problem: Problem) -> int:
+    """Iterations until an entry of a kernel matrix that float32 lost could matter.
+
+    Each takes an entry up by T S at most, and sums have as many entries and are no
+    further from 1. Less than 1e-8 of any sum is lost.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    most = math.log(1e-8 / tiny) / math.log(max(2, problem.t * problem.s))
+    return max(1, int(most) - 1)
+
+
+def resident_bytes(problem: Problem, blocks: Blocks) -> int:
+    """What a head in one block of threads needs of shared memory."""
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    operands = problem.dtype.itemsize * blocks.tile * (3 * h + 2 * d + blocks.tile)
+    vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
+    return operands + vectors + 4 * blocks.rows * blocks.cols
 
 
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:

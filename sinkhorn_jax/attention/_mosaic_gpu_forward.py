@@ -1,6 +1,7 @@
 """Forward GPU kernels of Sinkhorn attention: a launch for every pass over the plan.
 
-With the plan P = exp(Z + f + g) of the logits Z, whose columns are right, a pass is
+For heads that shared memory does not hold. With the plan P = exp(Z + f + g) of the
+logits Z, whose columns are right, a pass is
 
     s = P 1        f -= log s        g += log b - log(P^T (1 / s))
 
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._kernels import reciprocal
 from ._mosaic_gpu_blocks import Blocks
+from ._mosaic_gpu_resident import solve
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -76,8 +78,25 @@ def forward(
 ) -> tuple[Float[Array, "BN T D"], Float[Array, " BN"] | None, History]:
     """Output in float32, marginal error on request, and the potentials."""
     query, key, value, rows, cols = operands
+    share, key_t = operands.share, jnp.swapaxes(key, 1, 2)
+    if blocks.period:
+        out, fs, gs, col_sums = solve(
+            problem, blocks, query, key_t, value, rows, cols, share
+        )
+    else:
+        out, fs, gs, col_sums = _launches(problem, blocks, operands, key_t)
+    error = None
+    if col_sums is not None:
+        lack = jnp.where(cols, jnp.abs(col_sums - share), 0)
+        error = lack.sum(axis=1) / jnp.maximum(rows.sum(axis=1, dtype=jnp.float32), 1)
+    return out, error, History(fs, gs)
+
+
+def _launches(problem, blocks, operands, key_t):
+    """What `solve` returns, with a launch for every pass."""
+    query, key, value, rows, cols = operands
     num_iters, share = problem.options.num_iters, operands.share
-    query_t, key_t = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
+    query_t = jnp.swapaxes(query, 1, 2)
 
     def row_step(f, sums):
         return jnp.where(rows, f - jnp.log(jnp.where(rows, sums, 1.0)), -jnp.inf)
@@ -108,15 +127,11 @@ def forward(
         (f, g), more = jax.lax.scan(iterate, (f, g), None, length=num_iters - 1)
         fs, gs = jnp.concatenate([fs, more[0]]), jnp.concatenate([gs, more[1]])
     out, sums = apply(problem, blocks, query, key_t, value, f, g)
-    error = None
-    if problem.return_marginal_error:
-        _, col_sums = sweep_of(f, g)
-        lack = jnp.where(cols, jnp.abs(col_sums - share), 0)
-        error = lack.sum(axis=1) / jnp.maximum(rows.sum(axis=1, dtype=jnp.float32), 1)
+    col_sums = sweep_of(f, g)[1] if problem.return_marginal_error else None
     if num_iters:
         f = row_step(f, sums)
         fs, gs = jnp.concatenate([fs, f[None]]), jnp.concatenate([gs, g[None]])
-    return out, error, History(fs, gs)
+    return out, fs, gs, col_sums
 
 
 def log_row_sums(

@@ -59,6 +59,19 @@ def log_sum(
     return next_top, total * jnp.exp(top - next_top) + more
 
 
+def log_sum_of_cols(
+    carry: tuple[Float[Array, " J"], Float[Array, " J"]],
+    logits: Float[Array, "I J"],
+    f: Float[Array, " I"],
+) -> tuple[Float[Array, " J"], Float[Array, " J"]]:
+    """Column maxima of logits + f and sums under them, with more rows; as `log_sum`."""
+    top, total = carry
+    x = logits + along_rows(f, logits)
+    next_top = jnp.maximum(top, x.max(axis=0))
+    more = jnp.exp(x - along_cols(next_top, x)).sum(axis=0)
+    return next_top, total * jnp.exp(top - next_top) + more
+
+
 def weighted(
     kernel: Float[Array, "I J"], left: Float[Array, " I"], right: Float[Array, " J"]
 ) -> Float[Array, "I J"]:
@@ -78,7 +91,7 @@ def col_sums(kernel: Float[Array, "I J"], weights: Float[Array, " I"]):
 
 def operand(*shape: int, dtype: jnp.dtype) -> Any:
     """Shared memory for what the tensor cores multiply, in their order."""
-    width = min(64, shape[-1])
+    width = min(128 // dtype.itemsize, shape[-1])
     swizzle = width * dtype.itemsize
     transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)

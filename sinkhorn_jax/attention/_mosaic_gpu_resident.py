@@ -1,0 +1,304 @@
+"""The forward pass in one launch, with a head's kernel matrix in shared memory.
+
+A block of threads has a head. With the potentials f and g of a plan whose columns are
+right it makes E = exp(Z + f + g) once, and then only multiplies by it: with v = 1,
+
+    u = 1 / (E v)        f_k = f + log u
+    v = share / (E^T u)  g_k = g + log v
+
+in float32, and not on the tensor cores, which would round u and v.
+
+No row of such a plan sums to less than 1 / S or more than T, and a row step and a
+column step keep that: together they take u up by S at most, and v by T. So what E has
+rounded to 0 cannot matter before (T S)^k comes near to the range of float32, and E is
+made afresh from the potentials after so many steps (`max_period`). Nothing has to be
+detected. Of each entry that is two exponentials for the softmax and the first column
+step, and one for every such period.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float
+
+from ._kernels import reciprocal
+from ._mosaic_gpu_blocks import Blocks
+from ._mosaic_gpu_strips import (
+    COLS,
+    TILE,
+    Ref,
+    add_product,
+    along_cols,
+    along_rows,
+    call_kernel,
+    kernel_of,
+    load,
+    log_sum,
+    log_sum_of_cols,
+    of_cols,
+    of_rows,
+    operand,
+    over_tiles,
+    product,
+    shared_head,
+    span,
+    vector,
+    zeros,
+)
+from ._problem import Problem
+
+
+def solve(
+    problem: Problem,
+    blocks: Blocks,
+    query: Float[Array, "BN T H"],
+    key_t: Float[Array, "BK H S"],
+    value: Float[Array, "BK S D"],
+    rows: Bool[Array, "BN T"],
+    cols: Bool[Array, "BN S"],
+    share: Float[Array, "BN 1"],
+) -> tuple[
+    Float[Array, "BN T D"],
+    Float[Array, "K BN T"],
+    Float[Array, "K BN S"],
+    Float[Array, "BN S"] | None,
+]:
+    """Output, potentials of all iterations, and on request the sums of the columns."""
+    heads, tile, h, d = rows.shape[0], blocks.tile, query.shape[2], value.shape[2]
+    groups = heads // key_t.shape[0]
+    num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
+    num_iters, period = problem.options.num_iters, blocks.period
+    has_sums = problem.return_marginal_error
+
+    def body(*refs: Ref):
+        # query [BN, T, H], key [BK, H, S], value [BK, S, D], f [BN, T / tile, tile],
+        # g, share [BN, S / tile, tile]; out [BN, T, D], fs [K, BN, T], gs [K, BN, S],
+        # sums [BN, S] or none. Shared: kernel [T / tile, S / tile, tile, tile]; query
+        # [tile, H], key [2, H, tile], value [2, tile, D], plan [tile, tile]; f, the f
+        # of the kernel and u [T / tile, tile], the like of g, and share.
+        query_ref, key_ref, value_ref, rows_ref, cols_ref, share_ref, *rest = refs
+        out_ref, fs_ref, gs_ref, *rest = rest
+        sums_ref: Ref = rest.pop(0) if has_sums else None
+        e_tile, q_tile, k_tile, v_tile, p_tile, *rest = rest
+        f_tile, base_f, u_tile, g_tile, base_g, weight_tile, share_tile, *rest = rest
+        once, row_barrier, barrier = rest
+        n = jax.lax.axis_index("program")
+        load(
+            once,
+            [
+                (rows_ref.at[n], f_tile),
+                (cols_ref.at[n], g_tile),
+                (share_ref.at[n], share_tile),
+            ],
+        )
+
+        def kernel_at(i, j):
+            return plgpu.layout_cast(e_tile[i, j], TILE)
+
+        def over(count, step, carry):
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)
+
+        def of_products(i, step, carry):
+            # step(j, products of strip i and tile j, carry)
+            plgpu.commit_smem()  # All threads are done with the last strip.
+            load(row_barrier, [(query_ref.at[n, span(i, tile)], q_tile)])
+
+            def copies(j):
+                key = key_ref.at[shared_head(n, groups), :, span(j, tile)]
+                return ((key, k_tile),)
+
+            def multiply(j, slot, carry):
+                return step(j, product(q_tile, k_tile.at[slot]), carry)
+
+            return over_tiles(num_cols, 2, barrier, copies, multiply, carry)
+
+        def softmax(i, nothing):
+            # Read before a barrier, written after it: four threads share a row.
+            valid = of_rows(f_tile, i) == 0
+
+            def step(j, products, carry):
+                e_tile[i, j] = products * jnp.float32(problem.scale)
+                return log_sum(carry, products, of_cols(g_tile, j), problem.scale)
+
+            least = zeros(tile) + jnp.finfo(jnp.float32).min
+            top, total = of_products(i, step, (least, zeros(tile)))
+            put_f(0, i, -(top + jnp.log(total)), valid)
+            return nothing
+
+        def put_f(k, i, f, valid):
+            f = jnp.where(valid, f, -jnp.inf)
+            f_tile[i] = f
+            fs_ref[k, n, span(i, tile)] = f
+
+        def put_g(k, j, g, valid):
+            g = jnp.where(valid, g, -jnp.inf)
+            g_tile[j] = g
+            gs_ref[k, n, span(j, tile)] = g
+
+        def zeros_of_cols():
+            return plgpu.layout_cast(jnp.zeros((tile,), jnp.float32), COLS)
+
+        def first_column_step(j, nothing):
+            gs_ref[0, n, span(j, tile)] = of_cols(g_tile, j)
+
+            def step(i, carry):
+                return log_sum_of_cols(carry, kernel_at(i, j), of_rows(f_tile, i))
+
+            least = zeros_of_cols() + jnp.finfo(jnp.float32).min
+            top, total = over(num_rows, step, (least, zeros_of_cols()))
+            share = of_cols(share_tile, j)
+            valid = share > 0
+            g = jnp.log(jnp.where(valid, share, 1.0)) - (top + jnp.log(total))
+            put_g(1, j, g, valid)
+            return nothing
+
+        def make(i, nothing):
+            f = of_rows(f_tile, i)
+            base_f[i] = f
+
+            def step(j, products, nothing):
+                e_tile[i, j] = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                return nothing
+
+            return of_products(i, step, nothing)
+
+        def rebase(j, nothing):
+            base_g[j] = of_cols(g_tile, j)
+            weight_tile[j] = zeros_of_cols() + 1
+            return nothing
+
+        def row_step(k, i):
+            def add(j, sums):
+                kernel = kernel_at(i, j)
+                return sums + kernel * along_cols(of_cols(weight_tile, j), kernel)
+
+            start = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
+            sums = over(num_cols, add, start).sum(axis=1)
+            u_tile[i] = reciprocal(sums)
+            valid = sums != 0
+            f = of_rows(base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
+            put_f(k + jnp.int32(1), i, f, valid)
+
+        def col_step(k, j):
+            def add(i, sums):
+                kernel = kernel_at(i, j)
+                return sums + kernel * along_rows(of_rows(u_tile, i), kernel)
+
+            start = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
+            sums = over(num_rows, add, start).sum(axis=0)
+
+            @pl.when(k + jnp.int32(1) < num_iters)
+            def _():
+                weight = of_cols(share_tile, j) * reciprocal(sums)
+                weight_tile[j] = weight
+                valid = sums != 0
+                g = of_cols(base_g, j) + jnp.log(jnp.where(valid, weight, 1.0))
+                put_g(k + jnp.int32(2), j, g, valid)
+
+            if has_sums:
+
+                @pl.when(k + jnp.int32(1) == num_iters)
+                def _():
+                    total = sums * of_cols(weight_tile, j)
+                    sums_ref[n, span(j, tile)] = total
+
+        def iterate(k, nothing):
+            @pl.when(jax.lax.rem(k, jnp.int32(period)) == 0)
+            def _():
+                over(num_rows, make, jnp.int32(0))
+                over(num_cols, rebase, jnp.int32(0))
+                plgpu.commit_smem()
+
+            def rows(i, nothing):
+                row_step(k, i)
+                return nothing
+
+            def cols(j, nothing):
+                col_step(k, j)
+                return nothing
+
+            def all_cols():
+                over(num_cols, cols, jnp.int32(0))
+
+            over(num_rows, rows, jnp.int32(0))
+            plgpu.commit_smem()
+            if has_sums:
+                all_cols()
+            else:
+                pl.when(k + jnp.int32(1) < num_iters)(all_cols)
+            plgpu.commit_smem()
+            return nothing
+
+        def apply(i, nothing):
+            u = of_rows(u_tile, i)
+
+            def copies(j):
+                value = value_ref.at[shared_head(n, groups), span(j, tile)]
+                return ((value, v_tile),)
+
+            def accumulate(acc_ref):
+                def step(j, slot, nothing):
+                    kernel = kernel_at(i, j)
+                    weight = along_cols(of_cols(weight_tile, j), kernel)
+                    # Rows that are right before they are rounded: float16 has them.
+                    plan = kernel * along_rows(u, kernel) * weight
+                    add_product(acc_ref, plan, p_tile, v_tile.at[slot])
+                    return nothing
+
+                over_tiles(num_cols, 2, barrier, copies, step, jnp.int32(0))
+                return acc_ref[...]
+
+            out_ref[n, span(i, tile)] = pl.run_scoped(
+                accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
+            )
+            return nothing
+
+        over(num_rows, softmax, jnp.int32(0))
+        plgpu.commit_smem()
+        over(num_cols, first_column_step, jnp.int32(0))
+        plgpu.commit_smem()
+        over(num_iters, iterate, jnp.int32(0))
+        over(num_rows, apply, jnp.int32(0))
+
+    def in_tiles(x):
+        return x.reshape(heads, -1, tile)
+
+    def padding(valid):
+        return jnp.where(valid, jnp.float32(0), -jnp.inf)
+
+    row_vector = plgpu.SMEM((num_rows, tile), jnp.float32)
+    col_vector = plgpu.SMEM((num_cols, tile), jnp.float32)
+    transforms = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+    shape = num_rows, num_cols, tile, tile
+    sums = [vector(heads, blocks.cols)] if has_sums else []
+    out, fs, gs, *sums = call_kernel(
+        body,
+        "sinkhorn_attention_resident",
+        heads,
+        [
+            vector(heads, blocks.rows, d),
+            vector(num_iters + 1, heads, blocks.rows),
+            vector(num_iters + 1, heads, blocks.cols),
+            *sums,
+        ],
+        [
+            plgpu.SMEM(shape, jnp.float32, transforms=transforms),
+            operand(tile, h, dtype=problem.dtype),
+            operand(2, h, tile, dtype=problem.dtype),
+            operand(2, tile, d, dtype=problem.dtype),
+            operand(tile, tile, dtype=problem.dtype),
+            *[row_vector] * 3,
+            *[col_vector] * 4,
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=2),
+        ],
+        query,
+        key_t,
+        value,
+        in_tiles(padding(rows)),
+        in_tiles(padding(cols)),
+        in_tiles(jnp.where(cols, share, 0)),
+    )
+    return out, fs, gs, sums[0] if sums else None
