@@ -68,7 +68,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def prefer(problem: Problem, platform: str) -> bool:
-    """Not unasked: it was compiled for TPUs but not measured on one."""
+    """Not unasked: it was not measured on a TPU."""
     del problem, platform
     return False
 
