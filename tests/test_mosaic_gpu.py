@@ -12,6 +12,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import kernel_steps
 import numpy as np
 import pytest
 import reference
@@ -21,6 +22,7 @@ from hostile import hostile_logits
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_steps import assert_close, exact, operands
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._options import Options
@@ -64,49 +66,8 @@ def problem(**changed):
     return Problem(**fields | changed)
 
 
-def operands(t, s, dtype="bfloat16", b=1, n=2, k=1, h=8, d=4, scale=1.0):
-    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d)
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, *rest = (
-        jax.random.normal(key, shape, dtype)
-        for key, shape in zip(keys, shapes, strict=True)
-    )
-    return query * jnp.asarray(scale, dtype), *rest
-
-
-def exact(arrays):
-    return jax.tree.map(lambda x: jnp.asarray(x).astype("float64"), arrays)
-
-
 def step(implementation="mosaic_gpu", **options):
-    """Output, marginal error, and gradients by query, key and value."""
-
-    def attend(query, key, value):
-        return sinkhorn_attention(
-            query,
-            key,
-            value,
-            implementation=implementation,
-            return_marginal_error=True,
-            **options,
-        )
-
-    def call(query, key, value, cotangent):
-        (out, error), pull_back = jax.vjp(attend, query, key, value)
-        return out, error, pull_back((cotangent, jnp.zeros_like(error)))
-
-    return call
-
-
-def assert_close(got, expected, rtol):
-    """Each array relative to its largest magnitude; the marginal error as it is."""
-
-    def error(x, y):
-        return abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
-
-    errors = jax.tree.map(error, got[::2], expected[::2])
-    assert max(jax.tree.leaves(errors)) < rtol, errors
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-2, atol=rtol)
+    return kernel_steps.step(implementation, **options)
 
 
 def use_blocks(patch, **changed):
@@ -358,7 +319,7 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, is_resident):
     """All of them: several strips and tiles, padding, heads that share keys."""
     if not is_resident:
         use_blocks(monkeypatch, period=0)
-    arrays = operands(70, 130)
+    arrays = operands(70, 130, "bfloat16")
     lengths = {"query_seq_lengths": [69], "key_value_seq_lengths": [100]}
     options = as_arrays({**lengths, "num_iters": 2})
     got = on_device(step(**options), *arrays)
@@ -444,7 +405,7 @@ def test_a_resident_head_of_hostile_logits(on_device):
 @pytest.mark.slow
 def test_vmap_agrees_with_float64(on_device):
     """Over values too, while the queries are shared."""
-    query, key, _, _ = operands(40, 20, n=1)
+    query, key, _, _ = operands(40, 20, "bfloat16", n=1)
     values = jax.random.normal(jax.random.key(5), (2, *key.shape), "bfloat16")
 
     def grads(implementation, query, key, values):
@@ -467,7 +428,7 @@ def test_vmap_agrees_with_float64(on_device):
 def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
     if not is_resident:
         use_blocks(monkeypatch, period=0)
-    arrays = operands(130, 70)
+    arrays = operands(130, 70, "bfloat16")
     first, again = (on_device(step(num_iters=2), *arrays) for _ in range(2))
     chex.assert_trees_all_equal(first, again)
 
@@ -476,7 +437,7 @@ def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
 @pytest.mark.parametrize("tokens", [128, 197, 1024, 4096])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_repeats_on_a_gpu(tokens, head_dim):
-    arrays = operands(tokens, tokens, n=4, k=2, h=head_dim, d=head_dim)
+    arrays = operands(tokens, tokens, "bfloat16", n=4, k=2, h=head_dim, d=head_dim)
     solve = jax.jit(step(num_iters=10))
     first, again = solve(*arrays), solve(*arrays)
     chex.assert_trees_all_equal(first, again)

@@ -7,11 +7,13 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import kernel_steps
 import numpy as np
 import pytest
 import reference
 from hostile import hostile_logits
 from jax.experimental.pallas import tpu as pltpu
+from kernel_steps import assert_close, exact, operands
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._options import Options
@@ -61,45 +63,8 @@ def interpreted(capfd):
     return call
 
 
-def operands(t, s, dtype="float32", b=2, n=2, k=1, h=8, d=4, scale=1.0):
-    shapes = (b, t, n, h), (b, s, k, h), (b, s, k, d), (b, t, n, d)
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, *rest = (
-        jax.random.normal(key, shape, dtype)
-        for key, shape in zip(keys, shapes, strict=True)
-    )
-    return query * jnp.asarray(scale, dtype), *rest
-
-
 def step(implementation="mosaic_tpu", **options):
-    """Output, marginal error, and gradients by query, key and value."""
-
-    def attend(query, key, value):
-        return sinkhorn_attention(
-            query,
-            key,
-            value,
-            implementation=implementation,
-            return_marginal_error=True,
-            **options,
-        )
-
-    def call(query, key, value, cotangent):
-        (out, error), pull_back = jax.vjp(attend, query, key, value)
-        return out, error, pull_back((cotangent, jnp.zeros_like(error)))
-
-    return call
-
-
-def assert_close(got, expected, rtol):
-    """Each array relative to its largest magnitude; the marginal error as it is."""
-
-    def error(x, y):
-        return abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
-
-    errors = jax.tree.map(error, got[::2], expected[::2])
-    assert max(jax.tree.leaves(errors)) < rtol, errors
-    np.testing.assert_allclose(got[1], expected[1], rtol=1e-2, atol=rtol)
+    return kernel_steps.step(implementation, **options)
 
 
 LENGTHS = {
@@ -134,8 +99,7 @@ def test_agrees_with_float64(in_regime, interpreted, regime, options):
         *arrays[:3], num_iters=options["num_iters"], lengths=lengths
     )
     np.testing.assert_allclose(got[0], expected, atol=3e-6)
-    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
-    assert_close(got, step("reference", **options)(*exact), RTOL["float32"])
+    assert_close(got, step("reference", **options)(*exact(arrays)), RTOL["float32"])
 
 
 def test_bfloat16(in_regime, interpreted):
@@ -144,8 +108,7 @@ def test_bfloat16(in_regime, interpreted):
     got = interpreted(step(num_iters=3), *arrays)
     assert got[0].dtype == got[2][0].dtype == jnp.bfloat16
     assert got[1].dtype == jnp.float32
-    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
-    assert_close(got, step("reference", num_iters=3)(*exact), RTOL["bfloat16"])
+    assert_close(got, step("reference", num_iters=3)(*exact(arrays)), RTOL["bfloat16"])
 
 
 def test_hostile_logits(in_regime, interpreted):
@@ -159,8 +122,7 @@ def test_hostile_logits(in_regime, interpreted):
     value = jax.random.normal(jax.random.key(3), (*logits.shape[:2], 1, 4), "float32")
     arrays = query, key, value, jnp.sin(9 * value)
     got = interpreted(step(num_iters=num_iters, scale=1.0), *arrays)
-    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
-    expected = step("reference", num_iters=num_iters, scale=1.0)(*exact)
+    expected = step("reference", num_iters=num_iters, scale=1.0)(*exact(arrays))
     # Logits of 400 are rounded to 1.5e-5, and so is what the logarithm of a plan is.
     chex.assert_trees_all_close(got[0], expected[0].astype("float32"), atol=1e-4)
     for x, y in zip(got[2][1:], expected[2][1:], strict=True):
@@ -177,8 +139,7 @@ def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatc
     monkeypatch.setattr(_mosaic_tpu_forward, "MAX_DRIFT", 0.0)
     arrays = operands(33, 20, b=1, scale=3.0)
     got = interpreted(step(num_iters=4), *arrays)
-    exact = jax.tree.map(lambda x: x.astype("float64"), arrays)
-    assert_close(got, step("reference", num_iters=4)(*exact), RTOL["float32"])
+    assert_close(got, step("reference", num_iters=4)(*exact(arrays)), RTOL["float32"])
 
 
 def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
@@ -190,10 +151,9 @@ def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
         return step(query_seq_lengths=lengths, num_iters=2)(*arrays)
 
     got = interpreted(jax.vmap(solve), lengths)
-    exact = [x.astype("float64") for x in arrays]
     expected = jax.vmap(
         lambda lengths: step("reference", query_seq_lengths=lengths, num_iters=2)(
-            *exact
+            *exact(arrays)
         )
     )(lengths)
     assert_close(got, expected, RTOL["float32"])
@@ -248,8 +208,7 @@ def test_shard_map(in_regime, interpreted):
         step(num_iters=1), mesh=mesh, in_specs=batch, out_specs=batch
     )
     got = interpreted(jax.jit(sharded), *arrays)
-    exact = [x.astype("float64") for x in arrays]
-    assert_close(got, step("reference", num_iters=1)(*exact), RTOL["float32"])
+    assert_close(got, step("reference", num_iters=1)(*exact(arrays)), RTOL["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
