@@ -87,10 +87,10 @@ def _backward_kernel(
         kernel_ref,
     )
     shares_base = shares_base_ref[pl.program_id(0)] == 1
-    # 1 / b, as a vector: the scalar unit has no division.
-    inverse_share = jnp.full((1, blocks.cols), head.num_cols, jnp.int32).astype(
-        jnp.float32
-    ) / jnp.full((1, blocks.cols), jnp.maximum(head.num_rows, 1)).astype(jnp.float32)
+    # 1 / b.
+    inverse_share = head.row_of(head.num_cols) / head.row_of(
+        jnp.maximum(head.num_rows, 1)
+    )
     half = num_iters - 1  # Steps of each kind in the correction.
 
     def base_of(k):

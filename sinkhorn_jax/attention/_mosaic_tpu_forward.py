@@ -73,11 +73,8 @@ def _forward_kernel(
         kernel_ref,
     )
     valid = head.valid_cols()
-    # As a vector: the scalar unit has no division.
-    total = jnp.full((1, blocks.cols), head.num_rows, jnp.int32).astype(jnp.float32)
-    share = total / jnp.full((1, blocks.cols), jnp.maximum(head.num_cols, 1)).astype(
-        jnp.float32
-    )
+    total = head.row_of(head.num_rows)
+    share = total / head.row_of(jnp.maximum(head.num_cols, 1))
 
     def softmax(i):
         @pl.when(i == 0)

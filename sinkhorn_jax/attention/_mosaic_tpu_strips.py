@@ -47,6 +47,10 @@ class Head:
             pl.multiple_of(jnp.int32(i) * self.blocks.rows, SUBLANES), self.blocks.rows
         )
 
+    def row_of(self, count: Int[Array, ""]) -> Float[Array, "1 S"]:
+        """A count in every column, to divide by: the scalar unit has no division."""
+        return jnp.full((1, self.blocks.cols), count, jnp.int32).astype(jnp.float32)
+
     def valid_cols(self) -> Bool[Array, "1 S"]:
         """False for padding."""
         position = jax.lax.broadcasted_iota(jnp.int32, (1, self.blocks.cols), 1)
