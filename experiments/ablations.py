@@ -29,7 +29,6 @@ https://arxiv.org/abs/2604.07925.
 
 import dataclasses
 import itertools
-import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -40,9 +39,9 @@ import numpy as np
 from . import ablations_figure, answer
 from .ablations_figure import PLACES
 from .findings import Finding, Interval, interval, paired, verdict
-from .measures import DEFINITIONS, FLOAT32_FLOOR, NORMS
+from .measures import DEFINITIONS, NORMS
 from .models import LayerNorm
-from .review_networks import Case, Setting, log10_residual, trained
+from .review_networks import Case, Setting, last_log10, trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,21 +187,6 @@ def _key(run):
 
 def _of(mlp, place):
     return f"{'MLP' if mlp else 'no MLP'}, {PLACES[place]}"
-
-
-def last_log10(
-    run: dict[str, Any], norm: str = "fro", phase: str = "trained"
-) -> np.ndarray:
-    """Decimal logarithm of the last layer's relative residual, [S].
-
-    Not below that of rounding: what rounding leaves is no residual, and below it all
-    networks are alike.
-    """
-    floor = math.log10(FLOAT32_FLOOR)
-    if norm == "fro":
-        return np.maximum(log10_residual(run, phase)[:, -1], floor)
-    values = np.array(run[phase][f"relative_residual_{norm}"])[:, -1]
-    return np.log10(np.maximum(values, FLOAT32_FLOOR))
 
 
 def _every(claim: str, gains: dict[int, Interval], what: str) -> Finding:

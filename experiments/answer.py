@@ -96,6 +96,31 @@ def require_at_least(config: Any, least: dict[str, int]) -> None:
             raise ValueError(f"{name} must be at least {bound}, got {value}.")
 
 
+def require_even_heads(config: Any) -> None:
+    """Refuses a width that heads cannot share evenly.
+
+    Raises:
+        ValueError: It is no multiple of their number.
+    """
+    if config.width % config.num_heads:
+        raise ValueError(
+            f"width must be a multiple of num_heads, got {config.width} and "
+            f"{config.num_heads}: heads share it evenly."
+        )
+
+
+def require_learning_rate(config: Any) -> None:
+    """Refuses a learning rate with which nothing can be learnt.
+
+    Raises:
+        ValueError: It is not positive and finite.
+    """
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(
+            f"learning_rate must be positive and finite, got {config.learning_rate}."
+        )
+
+
 def write(
     question: str,
     config: Any,

@@ -64,11 +64,7 @@ class Config:
         least = dict.fromkeys(("depth", "width", "num_heads", "batch_size"), 1)
         zero = dict.fromkeys(("num_iters", "trained_iters", "seeds", "num_steps"), 0)
         answer.require_at_least(self, {**least, **zero, "num_tokens": 2})
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads, got {self.width} and "
-                f"{self.num_heads}: heads share it evenly."
-            )
+        answer.require_even_heads(self)
 
 
 QUICK = Config(

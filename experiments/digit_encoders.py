@@ -7,7 +7,6 @@ split, on which rank and entropy are measured.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -41,20 +40,13 @@ class Setup:
         names += ("num_steps", "batch_size", "num_measured")
         least = dict.fromkeys(names, 1) | {"seeds": 0, "data_seed": 0}
         answer.require_at_least(self, least)
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads, got {self.width} and "
-                f"{self.num_heads}."
-            )
+        answer.require_even_heads(self)
         if 8 % self.patch_size:
             raise ValueError(
                 "patch_size must divide 8, the side of the images, got "
                 f"{self.patch_size}."
             )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"learning_rate must be positive and finite, got {self.learning_rate}."
-            )
+        answer.require_learning_rate(self)
 
 
 # Of a quick run, for QUICK.
@@ -148,6 +140,40 @@ def train(
             "smaller learning_rate."
         )
     return params, losses[:, -max(1, setup.num_steps // 10) :].mean(axis=1).tolist()
+
+
+def require_increasing_from(name: str, values: tuple[int, ...], softmax: int) -> None:
+    """Refuses counts of steps that do not begin with the softmax's.
+
+    Raises:
+        ValueError: They do not, do not increase, or are fewer than two.
+    """
+    is_increasing = tuple(sorted(set(values))) == values
+    if len(values) < 2 or values[0] != softmax or not is_increasing:
+        raise ValueError(
+            f"{name} must increase from {softmax}, softmax, to compare with, got "
+            f"{values}."
+        )
+
+
+def before_and_after(
+    setup: Setup,
+    model: Encoder,
+    initial: ensemble.Params,
+    data: Data,
+    on_step: Callable[[], object],
+) -> dict[str, Any]:
+    """The train_loss, and what `evaluate` says of "init" and "trained" parameters.
+
+    Raises:
+        FloatingPointError: A loss is not finite.
+    """
+    params, loss = train(setup, model, initial, data, on_step)
+    return {
+        "train_loss": loss,
+        "init": evaluate(setup, model, initial, data),
+        "trained": evaluate(setup, model, params, data),
+    }
 
 
 def evaluate(

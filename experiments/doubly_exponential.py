@@ -56,11 +56,7 @@ class Config:
                 f"{self.depth}: a fit needs three layers, and beyond 25 rounding of "
                 "the logarithm hides a layer's factor."
             )
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads, got {self.width} and "
-                f"{self.num_heads}: heads share it evenly."
-            )
+        answer.require_even_heads(self)
 
 
 QUICK = Config(

@@ -40,12 +40,7 @@ class Config(digit_encoders.Setup):
 
     def __post_init__(self):
         super().__post_init__()
-        values = self.half_steps
-        if len(values) < 2 or values[0] != 1 or tuple(sorted(set(values))) != values:
-            raise ValueError(
-                "half_steps must increase from 1, softmax, to compare with, got "
-                f"{values}."
-            )
+        digit_encoders.require_increasing_from("half_steps", self.half_steps, 1)
 
 
 QUICK = Config(
@@ -79,16 +74,11 @@ def run(config: Config) -> dict[str, Any]:
     with tqdm(total=total, unit="step", smoothing=0.05, mininterval=1.0) as progress:
         for half_steps in config.half_steps:
             model = digit_encoders.encoder(config, **attention(half_steps))
-            params, loss = digit_encoders.train(
-                config, model, initial, data, progress.update
-            )
             cells.append(
                 {"half_steps": half_steps, **attention(half_steps)}
-                | {"train_loss": loss}
-                | {
-                    phase: digit_encoders.evaluate(config, model, each, data)
-                    for phase, each in (("init", initial), ("trained", params))
-                }
+                | digit_encoders.before_and_after(
+                    config, model, initial, data, progress.update
+                )
             )
     result = {
         "definitions": digit_encoders.DEFINITIONS,

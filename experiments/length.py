@@ -78,16 +78,11 @@ def run(config: Config) -> dict[str, Any]:
             initial = digit_encoders.init(setup, data)
             for num_iters in (0, config.num_iters):
                 model = digit_encoders.encoder(setup, num_iters=num_iters)
-                params, loss = digit_encoders.train(
-                    setup, model, initial, data, progress.update
-                )
                 cells.append(
                     {"num_tokens": (8 // patch_size) ** 2, "num_iters": num_iters}
-                    | {"train_loss": loss}
-                    | {
-                        phase: digit_encoders.evaluate(setup, model, each, data)
-                        for phase, each in (("init", initial), ("trained", params))
-                    }
+                    | digit_encoders.before_and_after(
+                        setup, model, initial, data, progress.update
+                    )
                 )
     result = {
         "definitions": digit_encoders.DEFINITIONS,

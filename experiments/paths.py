@@ -51,11 +51,7 @@ class Config:
         answer.require_at_least(
             self, {**least, "num_iters": 0, "num_paths": 1, "seeds": 0}
         )
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads, got {self.width} and "
-                f"{self.num_heads}: heads share it evenly."
-            )
+        answer.require_even_heads(self)
 
 
 QUICK = Config(

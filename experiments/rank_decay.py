@@ -36,7 +36,7 @@ from . import rank_decay_figure, record
 from .findings import Finding, interval, paired, verdict
 from .measures import DEFINITIONS, FLOAT32_FLOOR
 from .models import LayerNorm
-from .review_networks import Case, Setting, log10_residual, trained
+from .review_networks import Case, Setting, last_log10, log10_residual, trained
 
 RESULTS = pathlib.Path("experiments") / "results"
 
@@ -126,13 +126,8 @@ def run(config: Config) -> dict[str, object]:
 
 def findings(result: dict) -> list[Finding]:
     """What the last layers of the trained networks say of the claims."""
-    floor = math.log10(FLOAT32_FLOOR)
     runs = {(run["architecture"], run["normaliser"]): run for run in result["runs"]}
-    # What rounding leaves is no residual: below the floor all networks are alike.
-    last = {
-        key: np.maximum(log10_residual(run, "trained")[:, -1], floor)
-        for key, run in runs.items()
-    }
+    last = {key: last_log10(run) for key, run in runs.items()}
     found = []
     for mlp in ("MLP", "no MLP"):
         for normaliser in ("softmax", "Sinkhorn"):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import answer, ensemble
 from .cells import Cells
 from .data import Data, imdb
-from .measures import NORMS, measure
+from .measures import FLOAT32_FLOOR, NORMS, measure
 from .models import Encoder, LayerNorm, num_parameters
 
 
@@ -43,20 +43,13 @@ class Setting:
         )
         least |= {"seq_len": 2, "num_steps": 0, "seeds": 0, "data_seed": 0}
         answer.require_at_least(self, least)
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"width must be a multiple of num_heads, got {self.width} and "
-                f"{self.num_heads}."
-            )
+        answer.require_even_heads(self)
         if self.num_measured > self.num_validation:
             raise ValueError(
                 f"num_measured must not exceed num_validation, got {self.num_measured} "
                 f"and {self.num_validation}: the reviews are taken from these."
             )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"learning_rate must be positive and finite, got {self.learning_rate}."
-            )
+        answer.require_learning_rate(self)
 
     def setting(self) -> dict[str, Any]:
         """These options alone, without those that a comparison adds."""
@@ -230,3 +223,18 @@ def log10_residual(run: dict, phase: str) -> np.ndarray:
         return np.array(run[phase]["log10_relative_residual"])
     with np.errstate(divide="ignore"):
         return np.log10(run[phase]["relative_residual"])
+
+
+def last_log10(
+    run: dict[str, Any], norm: str = "fro", phase: str = "trained"
+) -> np.ndarray:
+    """Decimal logarithm of the last layer's relative residual, [S].
+
+    Not below that of rounding: what rounding leaves is no residual, and below it all
+    networks are alike.
+    """
+    floor = math.log10(FLOAT32_FLOOR)
+    if norm == "fro":
+        return np.maximum(log10_residual(run, phase)[:, -1], floor)
+    values = np.array(run[phase][f"relative_residual_{norm}"])[:, -1]
+    return np.log10(np.maximum(values, FLOAT32_FLOOR))

@@ -42,12 +42,7 @@ class Config(digit_encoders.Setup):
 
     def __post_init__(self):
         super().__post_init__()
-        values = self.num_iters
-        if len(values) < 2 or values[0] != 0 or tuple(sorted(set(values))) != values:
-            raise ValueError(
-                "num_iters must increase from 0, softmax, to compare with, got "
-                f"{values}."
-            )
+        digit_encoders.require_increasing_from("num_iters", self.num_iters, 0)
 
 
 QUICK = Config(
