@@ -7,6 +7,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
 
 # On a CPU a matrix that stays in cache while it is iterated on is several times faster
@@ -159,3 +160,14 @@ def varying_like(xs: Any, others: Any) -> Any:
     firsts = [jnp.ravel(x)[0] for x in jax.tree.leaves(others)]
     flag = functools.reduce(jnp.logical_or, [x != x for x in firsts])
     return jax.tree.map(lambda x: jnp.where(flag, x, x), xs)
+
+
+def result(
+    operand: Array, shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.ShapeDtypeStruct:
+    """Of a kernel, varying over the axes of a `jax.shard_map` as an operand does."""
+
+    def make(x):
+        return jnp.broadcast_to(jnp.ravel(x)[0].astype(dtype), shape)
+
+    return jax.eval_shape(make, operand)

@@ -449,6 +449,17 @@ def test_repeats_on_a_gpu(tokens, head_dim):
     )
 
 
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_shard_map_lowers_with_its_checks_of_what_varies(tokens):
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = jax.sharding.PartitionSpec("b")
+    sharded = jax.shard_map(
+        step(num_iters=2), mesh=mesh, in_specs=batch, out_specs=batch
+    )
+    shape = 1, tokens, 1, 64
+    assert "sinkhorn_attention_" in lowered(sharded, *[shape] * 4, dtype="bfloat16")
+
+
 def lowered(fn, *shapes, dtype):
     """The program for CUDA of a function of arrays of these shapes."""
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]

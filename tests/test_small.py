@@ -246,6 +246,23 @@ def test_an_empty_axis_of_vmap(interpreted):
     assert interpreted(jax.vmap(solve), none).shape == none.shape
 
 
+@pytest.mark.parametrize(
+    ("kernel", "platform"), [("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")]
+)
+def test_shard_map_lowers_with_its_checks_of_what_varies(kernel, platform):
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    many = jax.sharding.PartitionSpec("m")
+    sharded = jax.shard_map(
+        functools.partial(step, implementation=kernel, num_iters=2),
+        mesh=mesh,
+        in_specs=many,
+        out_specs=many,
+    )
+    arrays = [jax.ShapeDtypeStruct((M, T, S), "float32")] * 2
+    program = jax.jit(sharded).trace(*arrays).lower(lowering_platforms=(platform,))
+    assert "custom_call" in program.as_text()
+
+
 def step(logits, cotangent, **options):
     """Plan and gradient, potentials and theirs."""
     plan, pull_back = jax.vjp(lambda z: sinkhorn(z, **options), logits)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from .._batch import varying_like
 from . import _small
 from ._problem import Potentials, Problem
 from ._small import History, Kernels, Memory, Ref
@@ -169,6 +170,8 @@ def _call(
         # The default is another backend in some versions of JAX.
         compiler_params=plgpu.CompilerParams(),
     )(*map(to_lanes, operands))
+    # What varies over the axes of a `jax.shard_map` is lost on the way.
+    results = varying_like(results, operands)
     return tuple(jnp.moveaxis(x, -1, 0)[:num] for x in results)
 
 

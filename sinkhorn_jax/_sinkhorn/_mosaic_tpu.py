@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from .._batch import result
 from . import _small
 from ._problem import Potentials, Problem
 from ._small import History, Kernels, Memory, Ref
@@ -198,7 +199,7 @@ def _call(
     results = pl.pallas_call(
         functools.partial(kernel, num_tiles=num_tiles),
         out_shape=[
-            jax.ShapeDtypeStruct((*shape, num_tiles * SUBLANES, LANES), dtype)
+            result(operands[0], (*shape, num_tiles * SUBLANES, LANES), dtype)
             for shape in out_shapes
         ],
         grid=(pl.cdiv(num_tiles, in_block),),

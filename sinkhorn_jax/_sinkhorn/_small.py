@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._batch import with_more_matrices
+from .._batch import varying_like, with_more_matrices
 from .._gradient import Exact
 from . import _tile
 from ._problem import Potentials, Problem
@@ -66,7 +66,8 @@ def plan(
     b: Float[Array, "M S"],
 ) -> Float[Array, "M T S"]:
     """The plan of every matrix of a batch."""
-    out: Any = _solve(kernels, problem, True, logits, a, b)
+    operands = varying_like((logits, a, b), (logits, a, b))
+    out: Any = _solve(kernels, problem, True, *operands)
     return out[0]
 
 
@@ -78,7 +79,8 @@ def potentials(
     b: Float[Array, "M S"],
 ) -> Potentials:
     """The potentials of every matrix of a batch."""
-    out: Any = _solve(kernels, problem, False, logits, a, b)
+    operands = varying_like((logits, a, b), (logits, a, b))
+    out: Any = _solve(kernels, problem, False, *operands)
     f, g, error = out
     num_iters = jnp.full(error.shape, problem.options.num_iters, jnp.int32)
     return Potentials(f, g, error, num_iters)

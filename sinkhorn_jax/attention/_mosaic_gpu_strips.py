@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from .._batch import varying_like
+
 # A reference to memory inside a kernel. Pallas has no public type for one.
 Ref = Any
 Carry = TypeVar("Carry")
@@ -209,7 +211,7 @@ def call_kernel(
     *arrays: Array,
 ) -> Sequence[Array]:
     """Run a kernel of so many programs."""
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=list(out_type),
         scratch_types=list(scratch),
@@ -221,6 +223,8 @@ def call_kernel(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )(*arrays)
+    # What varies over the axes of a `jax.shard_map` is lost on the way.
+    return varying_like(results, arrays)
 
 
 def vector(*shape: int) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from .._batch import varying_like
+from .._batch import result, varying_like
 from ._kernels import reciprocal
 from ._mosaic_tpu_blocks import (
     LANES,
@@ -39,7 +39,6 @@ from ._mosaic_tpu_strips import (
     Ref,
     col_sums,
     product,
-    result,
     row_sums,
 )
 from ._problem import Problem

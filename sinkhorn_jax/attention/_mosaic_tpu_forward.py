@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from .._batch import result
 from ._kernels import reciprocal
 from ._mosaic_tpu_blocks import LANES, Blocks, vmem_limit
 from ._mosaic_tpu_strips import (
@@ -29,7 +30,6 @@ from ._mosaic_tpu_strips import (
     Ref,
     col_sums,
     product,
-    result,
     row_sums,
 )
 from ._problem import Problem

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ._mosaic_tpu_blocks import SUBLANES, Blocks
@@ -111,17 +110,6 @@ def product(
     return jax.lax.dot_general(
         x, y, dims, precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def result(
-    operand: Array, shape: tuple[int, ...], dtype: DTypeLike
-) -> jax.ShapeDtypeStruct:
-    """Of a kernel, varying over the axes of a `jax.shard_map` as an operand does."""
-
-    def make(x):
-        return jnp.broadcast_to(jnp.ravel(x)[0].astype(dtype), shape)
-
-    return jax.eval_shape(make, operand)
 
 
 def row_sums(x: Float[Array, "I S"]) -> Float[Array, "I 1"]:
