@@ -3,7 +3,7 @@
     python -m benchmarks           # All sweeps; appends to benchmarks/results/<device>/
     python -m benchmarks --quick   # One tiny case; prints its rows and keeps none.
     python -m benchmarks --readme  # Tables and plots, here and there, from kept rows.
-    python -m benchmarks --sweeps gpu    # On a GPU: 128 heads, bfloat16 and float16.
+    python -m benchmarks --sweeps gpu  # On a GPU: 128 heads, bfloat16 and float16.
 
 The sweep `gpu` is not part of a run unless named, and an error without a GPU. It takes
 long at once; `--cases 128x1024 --dtypes bfloat16` is a part, and

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+# Not public: the switch of the GPU's interpreter.
+from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from benchmarks import _cases, _machine, _programs, _turns, search_blocks
 from benchmarks._program import MODES
 from sinkhorn_jax.attention._mosaic_gpu_blocks import Blocks, default_blocks
 
-CASE = _cases.Case(2, 64, head_dim=8, dtype="bfloat16", num_iters=2)
+CASE = _cases.Case(1, 64, head_dim=8, dtype="bfloat16", num_iters=2)
 
 
 def of(tokens, **fields):
@@ -136,8 +140,32 @@ def test_what_is_wrong_is_refused_however_fast(device, capsys, how, reason):
 
 def test_without_right_blocks_there_is_no_line(device):
     device.broken = {"is_held": refuse}
-    with pytest.raises(RuntimeError, match=r"No blocks are right for 2x64 .*no room"):
+    with pytest.raises(RuntimeError, match=r"No blocks are right for 1x64 .*no room"):
         search_blocks.search(CASE, "forward", 1, 0.0)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="They compile there.")
+def test_what_does_not_compile_is_refused():
+    """Here that is everything."""
+    with pytest.raises(RuntimeError, match="No blocks are right") as error:
+        search_blocks.search(CASE, "forward", 1, 0.0)
+    assert str(error.value).count("ValueError: ") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_search_in_the_interpreter(monkeypatch, mode):
+    """Nothing stands in for anything but the device; its times mean nothing."""
+    # The interpreter knows of no layouts.
+    monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+    jax.clear_caches()
+    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+        row = search_blocks.search(CASE, mode, 1, 0.0)
+    assert row["refused"] == {}
+    assert row["median_ms"] == min(row["all_median_ms"].values()) > 0
+    assert len(row["all_median_ms"]) == 4
+    assert 0 < row["max_rel_error"] < 1e-2
+    jax.clear_caches()
 
 
 def test_a_line_for_each_case_and_mode(device, monkeypatch, tmp_path):

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import reference
 
+# Not public: the switch of the GPU's interpreter.
+from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
+
 from benchmarks import _machine, _record, matrices
 from sinkhorn_jax._sinkhorn import IMPLEMENTATIONS
 
@@ -92,6 +95,30 @@ def test_a_wrong_result_is_seen(monkeypatch, mode):
     )
     rows, _ = matrices._measure(config, 4, mode, {"device": "x"})
     assert {round(row["max_abs_error"], 4) for row in rows} == {0.25}
+
+
+@pytest.mark.slow
+def test_kernels_for_a_gpu_in_the_interpreter(monkeypatch):
+    """As they are measured on one, but for its times."""
+    monkeypatch.setattr(_machine, "why_not_kernel", lambda name: None)
+    config = matrices.Config(
+        sizes=(2,),
+        num_matrices=130,
+        num_iters=2,
+        implementations=("mosaic_gpu",),
+        calls=2,
+        repeats=1,
+        budget_s=0,
+    )
+    jax.clear_caches()
+    for mode in matrices.MODES:
+        with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+            rows, skips = matrices._measure(config, 2, mode, {"device": "x"})
+        assert skips == []
+        names = ["mosaic_gpu", "reference"]
+        assert [row["implementation"] for row in rows] == names
+        assert all(row["max_abs_error"] < 3e-6 for row in rows)
+    jax.clear_caches()
 
 
 def test_the_bandwidth_of_a_known_device(monkeypatch):
