@@ -1,12 +1,20 @@
 """Runs every test under jaxtyping's checks and JAX's strictest promotion rules."""
 
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import nullcontext
 
-# Compilation is most of the suite's time. The flag changes LLVM's effort, not XLA's
-# graph; set XLA_FLAGS, to nothing for instance, to test fully optimised code.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compilation is most of the suite's time. The flags change LLVM's effort and how loops
+# are written for it, not XLA's graph; set XLA_FLAGS, to nothing for instance, to test
+# fully optimised code. The second is the older of two ways to write loops, and compiles
+# in half the time. Later versions may lack it, and XLA ends at a flag it does not know.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 # On a GPU the processes share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
