@@ -460,6 +460,23 @@ def test_shard_map_lowers_with_its_checks_of_what_varies(tokens):
     assert "sinkhorn_attention_" in lowered(sharded, *[shape] * 4, dtype="bfloat16")
 
 
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_no_batch_needs_no_kernel(tokens):
+    arrays = operands(tokens, tokens, "bfloat16", b=0)
+    out, error, grads = step(num_iters=2)(*arrays)
+    assert (out.shape, error.shape) == (arrays[3].shape, (0, 2))
+    assert [x.shape for x in grads] == [x.shape for x in arrays[:3]]
+
+
+def test_refuses_second_derivatives():
+    def loss(query, key, value):
+        return sinkhorn_attention(query, key, value, implementation="mosaic_gpu").sum()
+
+    arrays = operands(3, 3, "bfloat16")[:3]
+    with pytest.raises(NotImplementedError, match=r"second derivatives .*'reference'"):
+        jax.eval_shape(jax.hessian(loss), *arrays)
+
+
 def lowered(fn, *shapes, dtype):
     """The program for CUDA of a function of arrays of these shapes."""
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
