@@ -31,7 +31,7 @@ from sinkhorn_jax.attention import _mosaic_gpu_backward as gpu_backward
 from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
 from sinkhorn_jax.attention import _mosaic_gpu_resident as gpu_resident
 from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
-from sinkhorn_jax.attention._kernels import reciprocal
+from sinkhorn_jax.attention._kernels import reciprocal, to_unit
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     MAX_ITERS,
     SHARED_MEMORY,
@@ -286,6 +286,20 @@ def test_passes_of_hostile_logits(passes):
             errors[name] = max(e, errors.get(name, 0))
     # Potentials of 400 are rounded to 3e-5, and so is what the logarithm of a plan is.
     assert max(errors.values()) < 5e-4, errors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cotangents_come_to_order_one_without_rounding(dtype):
+    limits = jnp.finfo(dtype)
+    sizes = limits.max, limits.tiny, 3.0, 0.0
+    dout = jnp.asarray([[1.0, -0.5]] * len(sizes), dtype)
+    dout = (dout * jnp.asarray(sizes, dtype)[:, None])[:, None, None]
+    unit, size = to_unit(dout)
+    assert unit.dtype == dout.dtype
+    top = abs(unit).max(axis=(1, 2, 3)).tolist()
+    assert [0.5 <= x < 2 for x in top] == [True, True, True, False]
+    again = unit.astype("float64") * size.astype("float64")
+    np.testing.assert_array_equal(again, dout.astype("float64"))
 
 
 # Kernels.
