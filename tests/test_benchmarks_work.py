@@ -151,3 +151,19 @@ def test_a_resident_matrix_makes_no_more_exps_with_more_iterations(in_regime):
             many[direction].estimate.transcendentals
         )
         assert many[direction].exps < 1.2 * few[direction].exps
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 4096])
+@pytest.mark.parametrize("num_iters", [0, 1, 10])
+def test_gpu_kernels_make_entries_so_often(tokens, num_iters):
+    """The last pass for dq, and again for dk and dv: not once for each of the steps."""
+    array = jax.ShapeDtypeStruct((1, tokens, 1, HEAD_DIM), "bfloat16")
+    attend = functools.partial(
+        sinkhorn_attention, num_iters=num_iters, implementation="mosaic_gpu"
+    )
+    step = _program.in_mode(attend, "forward_backward")
+    found = {}
+    for name, exps in _work.count_gpu_exps(step, *[array] * 4):
+        found.setdefault(name, []).append(exps / tokens**2)
+    often = {0: 1, 1: 2, 10: 3}[num_iters]
+    assert found["sinkhorn_attention_pull_back"] == [often, often]

@@ -10,7 +10,9 @@ programs: each program writes its share, the shares are added in one order, and 
 repeat to the bit. The shares are the largest array there is, of T S / 64 numbers a
 head. A pass of the iteration makes every entry of the plan once where shared memory
 holds a strip of it (768 keys, or 640 with more than 64 head dimensions), and twice
-beyond.
+beyond. So does each pass of the reverse sweep, of which there are as many; the last
+pass of the gradient makes entries three times for 10 iterations, once for dq, and as
+often for dk and dv.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.
