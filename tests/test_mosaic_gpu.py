@@ -7,6 +7,7 @@ tile functions to whole heads. On a GPU the kernels run there.
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import chex
@@ -31,6 +32,7 @@ from sinkhorn_jax.attention import _mosaic_gpu_backward as gpu_backward
 from sinkhorn_jax.attention import _mosaic_gpu_blocks as gpu_blocks
 from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
 from sinkhorn_jax.attention import _mosaic_gpu_resident as gpu_resident
+from sinkhorn_jax.attention import _mosaic_gpu_resident_backward as gpu_reverse
 from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
 from sinkhorn_jax.attention._kernels import reciprocal
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
@@ -43,6 +45,8 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     num_terms,
     pull_back_slots,
     resident_bytes,
+    reverse_bytes,
+    reverse_slots,
     sweep_bytes,
 )
 from sinkhorn_jax.attention._problem import Problem
@@ -493,10 +497,11 @@ def lowered(fn, *shapes, dtype):
 def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
     text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype=dtype)
-    names = ["sweep", "seed", "pull_back"]
-    names += ["resident"] if is_resident else ["log_row_sums", "apply"]
-    assert set(re.findall("sinkhorn_attention_([a-z_]+)", text)) >= set(names)
-    assert ("sinkhorn_attention_apply" in text) != is_resident
+    resident = {"resident", "resident_reverse"}
+    passes = {"log_row_sums", "sweep", "apply", "seed"}
+    found = set(re.findall("sinkhorn_attention_([a-z_]+)", text))
+    expected = {"pull_back"} | (resident if is_resident else passes)
+    assert found & (resident | passes | {"pull_back"}) == expected
 
 
 # Each dtype, each width of an operand, a strip that is held and one that is not, and a
@@ -596,6 +601,91 @@ def test_short_heads_are_held(t, s, head_dim, num_iters, is_resident):
     total += 4 * (3 * blocks.rows + 4 * blocks.cols)
     assert resident_bytes(short, blocks) == total
     assert num_iters == 0 or (total <= SHARED_MEMORY) == is_resident
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
+    dims = {"head_dim": head_dim, "value_dim": value_dim}
+    held = []
+    for t, s in itertools.product(range(64, 1024, 64), repeat=2):
+        short = problem(t=t, s=s, **dims)
+        blocks = default_blocks(short)
+        if blocks.period:
+            slots = reverse_slots(short, blocks)
+            assert reverse_bytes(short, blocks, slots) <= SHARED_MEMORY
+            held.append((t, s, slots))
+    # In bytes: the kernel matrix; a tile of queries and cotangents, one or two of keys
+    # and values; five vectors of rows and seven of columns.
+    t, s, slots = max(held)
+    total = 4 * t * s + 2 * 64 * (1 + slots) * (head_dim + value_dim)
+    blocks = default_blocks(problem(t=t, s=s, **dims))
+    assert reverse_bytes(problem(t=t, s=s, **dims), blocks, slots) == (
+        total + 4 * (5 * t + 7 * s)
+    )
+    assert {1, 2} >= {slots for *_, slots in held}
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")
+def test_a_resident_reverse_sweep_of_hostile_logits(on_device, monkeypatch):
+    """Its cotangents in float32, of two groups of iterations, with padding."""
+    n, num_iters = 18, 21
+    named = hostile_logits(n)
+    heads = len(named)
+    hostile = problem(
+        t=n,
+        s=n,
+        num_heads=heads,
+        num_key_heads=heads,
+        dtype=jnp.dtype("float32"),
+        options=Options(num_iters),
+    )
+    assert groups(hostile) == [(21, 11, 21), (5, 0, 10)]
+    logits = np.stack(list(named.values()))
+    fs, gs = np.full((2, num_iters + 1, heads, 64), -np.inf, "float32")
+    for k, i in itertools.product(range(num_iters + 1), range(heads)):
+        z = logits[i].astype("float64")
+        fs[k, i, :n], gs[k, i, :n] = reference.potentials(z, k)[:2]
+    rng = np.random.default_rng(0)
+    value, dout = np.zeros((2, heads, 64, 64), "float32")
+    value[:, :n], dout[:, :n] = rng.normal(size=(2, heads, n, 64))
+
+    def plan(f, g):
+        return np.exp(logits + f[:, :n, None].astype("float64") + g[:, None, :n])
+
+    # The sweep as design has it, with a plan for every half step.
+    dplan = np.einsum("nid,njd->nij", dout, value)[:, :n, :n].astype("float64")
+    df = (plan(fs[-1], gs[-1]) * dplan).sum(axis=2)
+    dg = (plan(fs[-1], gs[-1]) * (dplan - df[:, :, None])).sum(axis=1)
+    dfs, dgs = [df], []
+    for k in reversed(range(num_iters)):
+        df = -np.einsum("nij,nj->ni", plan(fs[k], gs[k + 1]), dg)
+        dfs, dgs = [df, *dfs], [dg, *dgs]
+        dg = -np.einsum("nij,ni->nj", plan(fs[k], gs[k]), df)
+
+    def padded(x, axes=1):
+        return np.pad(x, ((0, 0), *[(0, 64 - n)] * axes)).astype("float32")
+
+    eye = padded(np.broadcast_to(np.eye(n), logits.shape), 2)
+    valid = np.broadcast_to(np.arange(64) < n, eye.shape[:2])
+    key = padded(np.swapaxes(logits, 1, 2), 2)
+    arrays = gpu_forward.Operands(eye, key, value, valid, valid)
+    blocks = default_blocks(hostile)
+    with jax.default_matmul_precision("highest"):
+        got = on_device(
+            functools.partial(gpu_reverse.reverse, hostile, blocks),
+            *(arrays, gpu_forward.History(fs, gs), dout, padded(dfs[-1])),
+        )
+    for name, x, expected in (("f", got.f, dfs), ("g", got.g, dgs)):
+        assert (x[:, :, n:] == 0).all()
+        expected = np.stack(expected)
+        # Where the plan is a permutation g has no cotangent, but for the rounding of
+        # terms of order 1.
+        size = np.maximum(abs(expected).max(axis=(0, 2)), 1)
+        error = abs(x[:, :, :n] - expected).max(axis=(0, 2)) / size
+        errors = dict(zip(named, error.tolist(), strict=True))
+        # Logits and potentials of 400 are rounded to 3e-5 when they are added.
+        assert max(errors.values()) < 5e-5, (name, errors)
 
 
 @pytest.mark.parametrize(("t", "s"), [(18, 18), (18, 6), (6, 18)])

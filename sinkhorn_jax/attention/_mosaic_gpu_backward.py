@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from ._mosaic_gpu_blocks import Blocks, num_terms, pull_back_slots
 from ._mosaic_gpu_correction import Cotangents, correction, moved
 from ._mosaic_gpu_forward import History, Operands, sweep
+from ._mosaic_gpu_resident_backward import reverse
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -50,7 +51,10 @@ def backward(
     query, key, value, *_ = operands
     # Rounding of `out` would be a cotangent of f_L that no row sum cancels.
     df = (dout.astype(jnp.float32) * out).sum(axis=2)
-    cotangents = _cotangents(problem, blocks, operands, history, dout, df)
+    if blocks.period:
+        cotangents = reverse(problem, blocks, operands, history, dout, df)
+    else:
+        cotangents = _cotangents(problem, blocks, operands, history, dout, df)
     terms = correction(problem, operands, history, cotangents)
     (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
     dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)

@@ -99,6 +99,19 @@ def resident_bytes(problem: Problem, blocks: Blocks) -> int:
     return operands + vectors + 4 * blocks.rows * blocks.cols
 
 
+def reverse_slots(problem: Problem, blocks: Blocks) -> int:
+    """Tiles under way at once in a resident head's reverse sweep: 2, or 1 for room."""
+    return 2 if reverse_bytes(problem, blocks, 2) <= SHARED_MEMORY else 1
+
+
+def reverse_bytes(problem: Problem, blocks: Blocks, num_slots: int) -> int:
+    """What the reverse sweep of a head in one block of threads needs."""
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    operands = problem.dtype.itemsize * blocks.tile * (1 + num_slots) * (h + d)
+    vectors = 4 * (5 * blocks.rows + 7 * blocks.cols)
+    return operands + vectors + 4 * blocks.rows * blocks.cols
+
+
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
     """What a pass over one strip needs of shared memory."""
     h = padded_dim(problem.head_dim)
