@@ -34,7 +34,7 @@ from sinkhorn_jax.attention import _mosaic_gpu_forward as gpu_forward
 from sinkhorn_jax.attention import _mosaic_gpu_resident as gpu_resident
 from sinkhorn_jax.attention import _mosaic_gpu_resident_backward as gpu_reverse
 from sinkhorn_jax.attention import _mosaic_gpu_strips as strips
-from sinkhorn_jax.attention._kernels import reciprocal
+from sinkhorn_jax.attention._kernels import reciprocal, to_unit
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     MAX_ITERS,
     SHARED_MEMORY,
@@ -313,6 +313,20 @@ def test_passes_of_hostile_logits(passes):
     assert max(errors.values()) < 5e-4, errors
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cotangents_come_to_order_one_without_rounding(dtype):
+    limits = jnp.finfo(dtype)
+    sizes = limits.max, limits.tiny, 3.0, 0.0
+    dout = jnp.asarray([[1.0, -0.5]] * len(sizes), dtype)
+    dout = (dout * jnp.asarray(sizes, dtype)[:, None])[:, None, None]
+    unit, size = to_unit(dout)
+    assert unit.dtype == dout.dtype
+    top = abs(unit).max(axis=(1, 2, 3)).tolist()
+    assert [0.5 <= x < 2 for x in top] == [True, True, True, False]
+    again = unit.astype("float64") * size.astype("float64")
+    np.testing.assert_array_equal(again, dout.astype("float64"))
+
+
 # Kernels.
 
 
@@ -484,6 +498,23 @@ def test_shard_map_lowers_with_its_checks_of_what_varies(tokens):
     )
     shape = 1, tokens, 1, 64
     assert "sinkhorn_attention_" in lowered(sharded, *[shape] * 4, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_no_batch_needs_no_kernel(tokens):
+    arrays = operands(tokens, tokens, "bfloat16", b=0)
+    out, error, grads = step(num_iters=2)(*arrays)
+    assert (out.shape, error.shape) == (arrays[3].shape, (0, 2))
+    assert [x.shape for x in grads] == [x.shape for x in arrays[:3]]
+
+
+def test_refuses_second_derivatives():
+    def loss(query, key, value):
+        return sinkhorn_attention(query, key, value, implementation="mosaic_gpu").sum()
+
+    arrays = operands(3, 3, "bfloat16")[:3]
+    with pytest.raises(NotImplementedError, match=r"second derivatives .*'reference'"):
+        jax.eval_shape(jax.hessian(loss), *arrays)
 
 
 def lowered(fn, *shapes, dtype):

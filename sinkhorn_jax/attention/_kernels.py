@@ -36,6 +36,7 @@ def to_unit(
     """
     top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
     _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
+    exponent = jnp.minimum(exponent, 127)  # Of the largest power of 2 in float32.
     # Two halves: a subnormal cotangent has no finite reciprocal.
     half = exponent // 2
     x = dout.astype(jnp.float32)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._batch import with_more_matrices
 from ._kernels import to_unit, why_not_options
 from ._mosaic_gpu_backward import backward
 from ._mosaic_gpu_blocks import (
@@ -34,8 +35,8 @@ from ._mosaic_gpu_blocks import (
     default_blocks,
     padded_dim,
 )
+from ._mosaic_gpu_forward import History, forward
 from ._mosaic_gpu_forward import Operands as Padded
-from ._mosaic_gpu_forward import forward
 from ._problem import Operands, Problem, vary_alike
 
 
@@ -90,7 +91,9 @@ def _attend(problem, blocks, rows, cols, query, key, value):
 
 def _attend_fwd(problem, blocks, rows, cols, query, key, value):
     padded = _pad(problem, blocks, rows, cols, query, key, value)
-    out, error, history = forward(problem, blocks, padded)
+    out, error, history = with_more_matrices(
+        functools.partial(_forward, problem, blocks), *padded
+    )
     if error is not None:
         error = error.reshape(problem.batch, problem.num_heads)
     result = _join(problem, out, problem.t, problem.value_dim).astype(problem.dtype)
@@ -102,8 +105,13 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
     dout, _ = cotangents  # The marginal error is not differentiated.
     dout, size = to_unit(dout)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
-    dout = _split(dout, blocks.rows)
-    dq, dk, dv = backward(problem, blocks, padded, history, out, dout)
+    dq, dk, dv = with_more_matrices(
+        functools.partial(_backward, problem, blocks),
+        *padded,
+        *history,
+        out,
+        _split(dout, blocks.rows),
+    )
     dq = _join(problem, dq, problem.t, problem.head_dim) * size
 
     def of_key_heads(x, dim):
@@ -116,6 +124,21 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(problem, blocks, *padded):
+    out, error, history = forward(problem, blocks, Padded(*padded))
+    return out, error, _swap(history)
+
+
+def _backward(problem, blocks, query, key, value, rows, cols, f, g, out, dout):
+    padded = Padded(query, key, value, rows, cols)
+    return backward(problem, blocks, padded, _swap(History(f, g)), out, dout)
+
+
+def _swap(history):
+    """Heads in front of iterations, for an axis of `vmap` to join them, or back."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), history)
 
 
 def _valid(batch, length, valid):
