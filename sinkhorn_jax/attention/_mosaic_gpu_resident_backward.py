@@ -76,10 +76,6 @@ def reverse(
             plgpu.commit_smem()  # All threads are done with the last one.
             load(base_barrier, [(f_ref.at[q, n], f_tile), (g_ref.at[q, n], g_tile)])
 
-        def put_dg(k, j, dg):
-            dg_tile[j] = dg
-            dgs_ref[k, n, span(j, tile)] = dg
-
         def key_copies(j):
             return (key_ref.at[shared_head(n, kv_groups), :, span(j, tile)], k_tile)
 
@@ -135,7 +131,7 @@ def reverse(
             dg_tile[j] = zeros_of_cols(tile)
 
         def end_seed(j):
-            put_dg(num_iters - 1, j, of_cols(dg_tile, j))
+            dgs_ref[num_iters - 1, n, span(j, tile)] = of_cols(dg_tile, j)
 
         def factors_of(step):
             k = jnp.int32(num_iters - 1) - step
@@ -168,13 +164,15 @@ def reverse(
 
             def col_step(j):
                 dg = of_cols(v_tile_of_step, slot, j) * held.col_sums(j, left_tile)
-                put_dg(k - jnp.int32(1), j, dg)
+                dg_tile[j] = dg
+                dgs_ref[k - jnp.int32(1), n, span(j, tile)] = dg
 
             do_each(num_cols, put_right)
             plgpu.commit_smem()
             do_each(num_rows, row_step)
             plgpu.commit_smem()
             pl.when(k > 0)(lambda: do_each(num_cols, col_step))
+            plgpu.commit_smem()
             return nothing
 
         load(once, [(df_ref.at[n], df_tile)])
