@@ -82,8 +82,7 @@ def default_blocks(problem: Problem) -> Blocks:
         blocks = dataclasses.replace(blocks, is_held=False)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
         return blocks
-    # What is rounded to bfloat16 is not good enough for float16.
-    for dtype in get_args(HeadDtype)[: 2 if problem.dtype == jnp.bfloat16 else 1]:
+    for dtype in head_dtypes(problem):
         resident = dataclasses.replace(
             blocks, period=max_period(problem), head_dtype=dtype
         )
@@ -91,6 +90,12 @@ def default_blocks(problem: Problem) -> Blocks:
         if max(needs) <= SHARED_MEMORY:
             return resident
     return blocks
+
+
+def head_dtypes(problem: Problem) -> tuple[HeadDtype, ...]:
+    """That a kernel matrix may be kept in: float16 inputs would lose in bfloat16."""
+    wide: tuple[HeadDtype, ...] = get_args(HeadDtype)
+    return wide if problem.dtype == jnp.bfloat16 else wide[:1]
 
 
 def max_period(problem: Problem) -> int:
