@@ -178,10 +178,13 @@ def test_memory_limits(monkeypatch):
     _limits.check_memory(2**60)
 
 
-@pytest.mark.skipif(jax.default_backend() == "tpu", reason="It runs on a TPU.")
-def test_kernels_of_another_platform_are_refused():
-    with pytest.raises(NotImplementedError, match="Only interpret mode"):
-        _programs.build("mosaic_tpu", _cases.SMOKE[0], "forward")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_of_another_platform_are_refused(platform):
+    if jax.default_backend() == platform:
+        pytest.skip("They run here.")
+    reason = f"kernels are for a {platform.upper()}, and JAX computes on a"
+    with pytest.raises(NotImplementedError, match=reason):
+        _programs.build(f"mosaic_{platform}", _cases.SMOKE[0], "forward")
 
 
 def test_what_would_take_too_long_is_refused(monkeypatch):

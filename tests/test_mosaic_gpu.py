@@ -370,6 +370,7 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, is_resident):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("changed", "num_iters"),
@@ -448,6 +449,7 @@ def test_a_resident_head_of_hostile_logits(on_device):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 def test_vmap_agrees_with_float64(on_device):
     """Over values too, while the queries are shared."""
     query, key, _, _ = operands(40, 20, "bfloat16", n=1)
@@ -469,6 +471,7 @@ def test_vmap_agrees_with_float64(on_device):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("is_resident", [True, False])
 def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
     if not is_resident:

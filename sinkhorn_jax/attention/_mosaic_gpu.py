@@ -32,6 +32,7 @@ from ._mosaic_gpu_backward import backward
 from ._mosaic_gpu_blocks import (
     MAX_HEAD_DIM,
     MAX_ITERS,
+    Blocks,
     default_blocks,
     padded_dim,
 )
@@ -45,19 +46,20 @@ def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
+    return attend_in(problem, default_blocks(problem), operands)
+
+
+def attend_in(
+    problem: Problem, blocks: Blocks, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """The same, cut as it is said."""
     operands = vary_alike(operands)
     rows = _valid(problem.batch, problem.t, operands.query_valid)
     cols = _valid(problem.batch, problem.s, operands.key_valid)
     # Rows without columns are padding, and the other way round.
     rows, cols = rows & cols.any(axis=1)[:, None], cols & rows.any(axis=1)[:, None]
     return _attend(
-        problem,
-        default_blocks(problem),
-        rows,
-        cols,
-        operands.query,
-        operands.key,
-        operands.value,
+        problem, blocks, rows, cols, operands.query, operands.key, operands.value
     )
 
 
