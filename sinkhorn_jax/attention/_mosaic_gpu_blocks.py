@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
@@ -14,6 +14,7 @@ SHARED_MEMORY: Final = 227 * 2**10 - 2**12
 MAX_HEAD_DIM: Final = 128  # More, and the accumulators of a tile leave the registers.
 # The last pass of the gradient keeps vectors of all iterations at a tile.
 MAX_ITERS: Final = 64
+HeadDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,9 @@ class Blocks:
             the sums over its rows and those over its columns. Otherwise it is made
             twice.
         period: Iterations for which the kernel matrix of a head stays in shared
-            memory, in a forward pass of one launch. 0 for a launch each.
+            memory, in one launch for all. 0 for a launch each.
+        head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
+            range; its entries are rounded like the plan before it meets the values.
     """
 
     tile: int
@@ -36,6 +39,7 @@ class Blocks:
     num_col_tiles: int
     is_held: bool
     period: int = 0
+    head_dtype: HeadDtype = "float32"
 
     def __post_init__(self):
         if self.tile != 64:
@@ -48,6 +52,11 @@ class Blocks:
                 raise ValueError(
                     f"Blocks.{name} must be at least {least}, got {count}."
                 )
+        if self.head_dtype not in (known := get_args(HeadDtype)):
+            raise ValueError(
+                f"Blocks.head_dtype must be one of {known}, got {self.head_dtype!r}: "
+                "no other has the range of float32."
+            )
 
     @property
     def rows(self) -> int:
@@ -69,14 +78,19 @@ def default_blocks(problem: Problem) -> Blocks:
         num_col_tiles=-(-problem.s // tile),
         is_held=True,
     )
-    fits = sweep_bytes(problem, blocks) <= SHARED_MEMORY
-    # The softmax alone has no iterations to hold anything for.
-    is_resident = (
-        problem.options.num_iters > 0
-        and resident_bytes(problem, blocks) <= SHARED_MEMORY
-    )
-    period = max_period(problem) if is_resident else 0
-    return dataclasses.replace(blocks, is_held=fits, period=period)
+    if sweep_bytes(problem, blocks) > SHARED_MEMORY:
+        blocks = dataclasses.replace(blocks, is_held=False)
+    if problem.options.num_iters == 0:  # No iterations to hold a head for.
+        return blocks
+    # What is rounded to bfloat16 is not good enough for float16.
+    for dtype in get_args(HeadDtype)[: 2 if problem.dtype == jnp.bfloat16 else 1]:
+        resident = dataclasses.replace(
+            blocks, period=max_period(problem), head_dtype=dtype
+        )
+        needs = resident_bytes(problem, resident), reverse_bytes(problem, resident, 1)
+        if max(needs) <= SHARED_MEMORY:
+            return resident
+    return blocks
 
 
 def max_period(problem: Problem) -> int:
@@ -96,7 +110,7 @@ def resident_bytes(problem: Problem, blocks: Blocks) -> int:
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     operands = problem.dtype.itemsize * blocks.tile * (3 * h + 2 * d + blocks.tile)
     vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
-    return operands + vectors + 4 * blocks.rows * blocks.cols
+    return operands + vectors + _head_bytes(blocks)
 
 
 def reverse_slots(problem: Problem, blocks: Blocks) -> int:
@@ -109,7 +123,11 @@ def reverse_bytes(problem: Problem, blocks: Blocks, num_slots: int) -> int:
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     operands = problem.dtype.itemsize * blocks.tile * (1 + num_slots) * (h + d)
     vectors = 4 * (5 * blocks.rows + 7 * blocks.cols)
-    return operands + vectors + 4 * blocks.rows * blocks.cols
+    return operands + vectors + _head_bytes(blocks)
+
+
+def _head_bytes(blocks):
+    return jnp.dtype(blocks.head_dtype).itemsize * blocks.rows * blocks.cols
 
 
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:

@@ -22,6 +22,7 @@ from ._mosaic_gpu_strips import (
     along_rows,
     of_cols,
     of_rows,
+    operand,
     zero_tile,
 )
 
@@ -31,9 +32,13 @@ class Held(NamedTuple):
 
     ref: Ref
 
+    def put(self, i: Int[Array, ""], j: Int[Array, ""], x: Float[Array, "I J"]) -> None:
+        """Keep a tile, rounded to what the matrix is kept in."""
+        self.ref[i, j] = x.astype(self.ref.dtype)
+
     def at(self, i: Int[Array, ""], j: Int[Array, ""]) -> Float[Array, "I J"]:
-        """A tile, as it was written."""
-        return plgpu.layout_cast(self.ref[i, j], TILE)
+        """A tile as it is kept; each thread reads what it has put itself."""
+        return plgpu.layout_cast(self.ref[i, j], TILE).astype(jnp.float32)
 
     def row_sums(self, i: Int[Array, ""], weights_ref: Ref) -> Float[Array, " I"]:
         """Of strip `i`, with a weight for each column."""
@@ -59,8 +64,7 @@ class Held(NamedTuple):
 def matrix(blocks: Blocks) -> Any:
     """Shared memory for the kernel matrix of a head."""
     shape = blocks.num_row_tiles, blocks.num_col_tiles, blocks.tile, blocks.tile
-    transforms = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, jnp.float32, transforms=transforms)
+    return operand(*shape, dtype=jnp.dtype(blocks.head_dtype))
 
 
 def each(count: int, step: Callable[..., Carry], carry: Carry) -> Carry:

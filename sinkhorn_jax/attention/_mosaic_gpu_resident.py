@@ -14,6 +14,10 @@ rounded to 0 cannot matter before (T S)^k comes near to the range of float32, an
 made afresh from the potentials after so many steps (`max_period`). Nothing has to be
 detected. Of each entry that is two exponentials for the softmax and the first column
 step, and one for every such period.
+
+In bfloat16 E has half the bytes and the same range. Its entries are off by 2^-9, and
+like them those of the plan, which are rounded as much before they meet the values; rows
+are right for the plan as it is kept, and the potentials are those of it.
 """
 
 import jax
@@ -24,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._kernels import reciprocal
 from ._mosaic_gpu_blocks import Blocks
-from ._mosaic_gpu_held import Held, do_each, each, in_tiles, matrix, zeros_of_cols
+from ._mosaic_gpu_held import Held, do_each, in_tiles, matrix, zeros_of_cols
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -112,7 +116,6 @@ def solve(
             valid = of_rows(f_tile, i) == 0
 
             def step(j, products, carry):
-                e_tile[i, j] = products * jnp.float32(problem.scale)
                 return log_sum(carry, products, of_cols(g_tile, j), problem.scale)
 
             least = zeros(tile) + jnp.finfo(jnp.float32).min
@@ -129,17 +132,35 @@ def solve(
             g_tile[j] = g
             gs_ref[k, n, span(j, tile)] = g
 
-        def first_column_step(j):
+        # Until there is a kernel matrix, the vectors of its columns are running maxima
+        # and sums under them.
+        top_tile, total_tile = base_g, weight_tile
+
+        def start_first_column_step(j):
             gs_ref[0, n, span(j, tile)] = of_cols(g_tile, j)
-
-            def step(i, carry):
-                return log_sum_of_cols(carry, held.at(i, j), of_rows(f_tile, i))
-
             nothing = zeros_of_cols(tile)
-            least = nothing + jnp.finfo(jnp.float32).min
-            top, total = each(num_rows, step, (least, nothing))
+            top_tile[j] = nothing + jnp.finfo(jnp.float32).min
+            total_tile[j] = nothing
+
+        def add_to_columns(i):
+            f = of_rows(f_tile, i)
+
+            def step(j, products, nothing):
+                carry = of_cols(top_tile, j), of_cols(total_tile, j)
+                logits = products * jnp.float32(problem.scale)
+                top, total = log_sum_of_cols(carry, logits, f)
+                # All have read before one writes: several threads share a column.
+                plgpu.commit_smem()
+                top_tile[j] = top
+                total_tile[j] = total
+                return nothing
+
+            of_products(i, step, jnp.int32(0))
+
+        def first_column_step(j):
             share = of_cols(share_tile, j)
             valid = share > 0
+            top, total = of_cols(top_tile, j), of_cols(total_tile, j)
             g = jnp.log(jnp.where(valid, share, 1.0)) - (top + jnp.log(total))
             put_g(1, j, g, valid)
 
@@ -148,7 +169,8 @@ def solve(
             base_f[i] = f
 
             def step(j, products, nothing):
-                e_tile[i, j] = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                kernel = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                held.put(i, j, kernel)
                 return nothing
 
             of_products(i, step, jnp.int32(0))
@@ -224,6 +246,9 @@ def solve(
             )
 
         do_each(num_rows, softmax)
+        plgpu.commit_smem()
+        do_each(num_cols, start_first_column_step)
+        do_each(num_rows, add_to_columns)
         plgpu.commit_smem()
         do_each(num_cols, first_column_step)
         plgpu.commit_smem()

@@ -83,7 +83,7 @@ def reverse(
             products = product(q_tile, k_tile.at[slot])
             f, g = of_rows(f_tile, i), of_cols(g_tile, j)
             kernel = kernel_of(products, f, g, problem.scale)
-            e_tile[i, j] = kernel
+            held.put(i, j, kernel)
             return kernel
 
         def make(i):
