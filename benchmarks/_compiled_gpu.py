@@ -1,0 +1,279 @@
+"""What was compiled for NVIDIA GPUs, the file that keeps it, and its page."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from . import _hopper, _table
+from ._record import RESULTS
+
+FOLDER: Final = RESULTS / "compiled_gpu"
+FILE: Final = "hopper.json"
+PAGE: Final = "README.md"
+OURS: Final = "mosaic_gpu"
+SMALL: Final = "sinkhorn"
+MIB: Final = 2**20
+KIB: Final = 2**10
+
+METHOD: Final = (
+    "Compiled ahead of time for an H100 (sm_90a), without a GPU, by `make "
+    "compile-table-gpu`; **nothing ran and no time was measured**. XLA and Mosaic GPU "
+    "made the executables, ptxas the machine code and nvdisasm its text."
+)
+KERNELS_METHOD: Final = (
+    "Each kernel of a forward and backward pass, once: of a block of *threads*, "
+    "registers of a thread, shared memory, and named barriers; bytes of *spills* out "
+    "of and into registers, and of the *stack*; *at once*, how many blocks a "
+    "multiprocessor has room for and what limits them, from its 65,536 registers, 228 "
+    "KiB of shared memory (1 KiB of it kept back for a block) and 2,048 threads. "
+    "Instructions are counted where they stand in the code, not as often as they run: "
+    "*all* without padding, *wgmma* of the tensor cores (HGMMA), *exp2* (MUFU.EX2), "
+    "*local* loads and stores (LDL, STL). *remarks* are ptxas's, by code: C7510 says "
+    "that it serialised wgmma, which would cost speed; C7519 that it put in a "
+    "warpgroup.arrive of its own, because registers go into a wgmma."
+)
+MEMORY_METHOD: Final = (
+    "What an executable declares as temporary memory, in MiB, forward / forward and "
+    "backward: inputs and results are not in it, potentials that the backward pass "
+    "reads are. The last column is that of `mosaic_gpu`, forward and backward, in "
+    "bytes for each of N (T + S) (H + L) numbers of N heads, where it stays about the "
+    "same, and so does not grow with T S as the others do. `scaling`, `streaming`, "
+    "`reference` and `softmax` (`jax.nn.dot_product_attention`, as XLA compiles it) "
+    "are of the same target, shape and dtype."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel, as it was compiled."""
+
+    name: str
+    direction: str  # In which pass it was first launched.
+    num_blocks: int  # Of threads, in its grid.
+    threads: int  # In a block.
+    registers: int  # Of a thread.
+    dynamic_bytes: int  # Of shared memory, as launched.
+    static_bytes: int  # Of shared memory, as declared.
+    barriers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    remarks: tuple[str, ...]  # Of ptxas, by code.
+    instructions: int
+    wgmma: int
+    exp2: int
+    local_loads: int
+    local_stores: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory, for a block."""
+        return self.dynamic_bytes + self.static_bytes
+
+    @property
+    def at_once(self) -> tuple[int, str]:
+        """Blocks that a multiprocessor has room for, and what limits them."""
+        return _hopper.blocks_at_once(self.registers, self.threads, self.shared_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How our attention kernels cut a head."""
+
+    regime: str
+    num_row_tiles: int
+    num_col_tiles: int
+    period: int
+    forward_bytes: int  # Of shared memory, as we estimated it.
+    backward_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One executable."""
+
+    program: str
+    mode: str
+    heads: int  # Or matrices, where the program is `SMALL`.
+    tokens: int  # Or rows and columns of a matrix.
+    head_dim: int  # 0 of matrices.
+    dtype: str
+    num_iters: int
+    kernels: tuple[Kernel, ...]  # Of Pallas.
+    blocks: Blocks | None  # Of our attention kernels alone.
+    temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    jax_version: str
+    ptxas_version: str
+    nvdisasm_version: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple:
+        """What was compiled."""
+        shape = self.heads, self.tokens, self.head_dim
+        return self.program, self.mode, shape, self.dtype, self.num_iters
+
+
+def read(folder: Path = FOLDER) -> list[Row]:
+    """All rows."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    return [_parse(fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def write(rows: Sequence[Row], folder: Path = FOLDER) -> None:
+    """The file, a line for each row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(
+        json.dumps(dataclasses.asdict(row))
+        for row in sorted(rows, key=lambda row: row.key)
+    )
+    (folder / FILE).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def write_page(folder: Path = FOLDER) -> None:
+    """The page of the file there."""
+    (folder / PAGE).write_text(page(read(folder)), encoding="utf-8")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    versions = dict.fromkeys(
+        f"jax {x.jax_version}, ptxas {x.ptxas_version}, nvdisasm {x.nvdisasm_version}, "
+        f"commit `{x.commit}`, {x.date[:10]}"
+        for x in rows
+    )
+    parts = ["# Compiled for NVIDIA GPUs", f"{'; '.join(versions)}.", METHOD]
+    ours = [row for row in rows if row.program == OURS]
+    parts += ["## Temporary memory", MEMORY_METHOD, _memory(rows)]
+    parts += ["## Kernels of attention", KERNELS_METHOD]
+    for key in dict.fromkeys((x.dtype, x.head_dim, x.num_iters) for x in ours):
+        some = [row for row in ours if (row.dtype, row.head_dim, row.num_iters) == key]
+        dtype, head_dim, num_iters = key
+        parts += [
+            f"### {dtype}, head dimension {head_dim}, {num_iters} iterations",
+            _table.markdown(REGIME_HEADER, _regimes(some)),
+            _table.markdown(("tokens", *KERNEL_HEADER), _kernel_lines(some)),
+        ]
+    small = [row for row in rows if row.program == SMALL]
+    if small:
+        one = small[0]
+        parts += [
+            f"## Kernels of {one.heads:,} small matrices",
+            f"`sinkhorn` in {one.dtype}, {one.num_iters} iterations; a thread has a "
+            "matrix, so that what it keeps of one is in registers and what they have "
+            "no room for in local memory, which is spills.",
+            _table.markdown(
+                ("rows", *KERNEL_HEADER[1:]),
+                [(rows, *line) for rows, _, *line in _kernel_lines(small)],
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+MEMORY_HEADER: Final = (
+    *("dtype", "heads", "tokens", "H"),
+    *(OURS, "streaming", "scaling", "reference", "softmax", "bytes a number"),
+)
+
+
+def _memory(rows):
+    by_key = {row.key: row for row in rows}
+    lines = []
+    ours = [x for x in rows if x.program == OURS and x.mode == "forward_backward"]
+    most = max(row.num_iters for row in ours)
+    for row in ours:
+        if row.num_iters != most:
+            continue
+        cells = []
+        for program in MEMORY_HEADER[4:-1]:
+            some = (
+                by_key.get((program, mode, *row.key[2:]))
+                for mode in ("forward", "forward_backward")
+            )
+            sizes = [_table.number(x.temp_bytes / MIB) for x in some if x]
+            cells.append(" / ".join(sizes) or _table.MISSING)
+        numbers = row.heads * 2 * row.tokens * (row.head_dim + row.num_iters)
+        each = _table.number(row.temp_bytes / numbers)
+        shape = map(str, (row.heads, row.tokens, row.head_dim))
+        lines.append((row.dtype, *shape, *cells, each))
+    return _table.markdown(MEMORY_HEADER, lines)
+
+
+REGIME_HEADER: Final = ("tokens", "kernel matrix", "tiles", "shared memory, estimated")
+
+
+def _regimes(rows):
+    return [
+        (
+            str(row.tokens),
+            row.blocks.regime,
+            f"{row.blocks.num_row_tiles} x {row.blocks.num_col_tiles}",
+            f"{_kib(row.blocks.forward_bytes)} / {_kib(row.blocks.backward_bytes)} KiB",
+        )
+        for row in rows
+        if row.mode == "forward_backward"
+    ]
+
+
+KERNEL_HEADER: Final = (
+    *("kernel", "pass", "threads", "registers", "spills", "stack", "shared, KiB"),
+    *("barriers", "at once", "all", "wgmma", "exp2", "local", "remarks"),
+)
+
+
+def _kernel_lines(rows):
+    """Those that are alike but for the size of their grid on one line."""
+    tokens: dict[tuple, list[int]] = {}
+    for row in rows:
+        if row.mode == "forward_backward":
+            for kernel in row.kernels:
+                line = _kernel_line(kernel)
+                tokens.setdefault(line, [])
+                if row.tokens not in tokens[line]:
+                    tokens[line].append(row.tokens)
+    lines = sorted(tokens.items(), key=lambda item: (item[1][0], len(item[1])))
+    return [(", ".join(map(str, some)), *line) for line, some in lines]
+
+
+def _kernel_line(kernel):
+    num, limit = kernel.at_once
+    remarks = (
+        f"{len(list(same))} x {code}"
+        for code, same in itertools.groupby(sorted(kernel.remarks))
+    )
+    return (
+        kernel.name.removeprefix("sinkhorn_attention_"),
+        kernel.direction,
+        str(kernel.threads),
+        str(kernel.registers),
+        f"{kernel.spill_store_bytes} / {kernel.spill_load_bytes}",
+        str(kernel.stack_bytes),
+        _kib(kernel.shared_bytes),
+        str(kernel.barriers),
+        f"{num} ({limit})",
+        str(kernel.instructions),
+        str(kernel.wgmma),
+        str(kernel.exp2),
+        f"{kernel.local_loads} / {kernel.local_stores}",
+        ", ".join(remarks) or _table.MISSING,
+    )
+
+
+def _kib(num_bytes):
+    return _table.number(num_bytes / KIB)
+
+
+def _parse(fields: dict[str, Any]) -> Row:
+    kernels = tuple(
+        Kernel(**x | {"remarks": tuple(x["remarks"])}) for x in fields["kernels"]
+    )
+    blocks = fields["blocks"] and Blocks(**fields["blocks"])
+    return Row(**fields | {"kernels": kernels, "blocks": blocks})
