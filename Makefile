@@ -2,7 +2,8 @@
 # `make test` runs everything that must pass. They create .venv on first use and reuse it
 # afterwards. `make benchmark` and `make test-all` add the libraries that the benchmarks
 # compare with, PyTorch among them. `make compile-table` compiles the TPU kernels without
-# a TPU, for which it downloads libtpu, 484 MB.
+# a TPU, for which it downloads libtpu, 484 MB, and `make compile-table-gpu` the GPU
+# kernels without a GPU, with 578 MB of JAX's CUDA plugin, ptxas and nvdisasm.
 #
 # `make gpu` runs all that needs an NVIDIA GPU, Hopper or later: the tests of the kernels
 # and implementations, the sweep of attention, the search for the kernels' blocks, and
@@ -20,6 +21,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/installed-peers
 LIBTPU := .venv/libtpu
+COMPILER := .venv/cuda
 CUDA ?= cuda13
 TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
     $(patsubst %,tests/test_%.py,sinkhorn attention multi_head streaming)
@@ -27,7 +29,7 @@ TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
 GPU := $(if $(filter .venv/bin,$(BIN)),.venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
-.PHONY: demo report test test-all benchmark compile-table clean
+.PHONY: demo report test test-all benchmark compile-table compile-table-gpu clean
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices
 
 demo: $(INSTALLED)
@@ -52,6 +54,9 @@ benchmark: $(PEERS)
 
 compile-table: $(INSTALLED) $(LIBTPU)
 	$(BIN)/python -m benchmarks.compile_tpu --libtpu $(LIBTPU)
+
+compile-table-gpu: $(INSTALLED) $(COMPILER)
+	$(BIN)/python -m benchmarks.compile_gpu --cuda $(COMPILER)
 
 # One after another, also under `make -j`: they share the device.
 gpu:
@@ -86,6 +91,15 @@ $(INSTALLED): pyproject.toml
 # Beside the environment and not in it: JAX looks for a TPU wherever it finds libtpu.
 $(LIBTPU): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ 'libtpu>=0.0.52'
+	touch $@
+
+# Apart for the same reason, and in one call, because the packages share a folder.
+$(COMPILER): $(INSTALLED)
+	rm -rf $@
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
+	    nvidia-cuda-nvcc-cu12 nvidia-cuda-nvdisasm
 	touch $@
 
 .venv/installed-$(CUDA): $(INSTALLED)

@@ -152,7 +152,8 @@ def page(rows: Sequence[Row]) -> str:
     )
     parts = ["# Compiled for NVIDIA GPUs", f"{'; '.join(versions)}.", METHOD]
     ours = [row for row in rows if row.program == OURS]
-    parts += ["## Temporary memory", MEMORY_METHOD, _memory(rows)]
+    if ours:
+        parts += ["## Temporary memory", MEMORY_METHOD, _memory(rows)]
     parts += ["## Kernels of attention", KERNELS_METHOD]
     for key in dict.fromkeys((x.dtype, x.head_dim, x.num_iters) for x in ours):
         some = [row for row in ours if (row.dtype, row.head_dim, row.num_iters) == key]

@@ -10,6 +10,7 @@ from benchmarks import (
 )
 from benchmarks import (
     _command,
+    compile_gpu,
     compile_tpu,
     matrices,
     measures,
@@ -27,6 +28,7 @@ COMMANDS = [
     (measures, ["--num-layers", "3", "--output", "a/b.json"]),
     (search_blocks, ["--cases", "128x512", "--budget-s", "0.5"]),
     (compile_tpu, ["--libtpu", "some/folder"]),
+    (compile_gpu, ["--cuda", "some/folder", "--tokens", "64", "--few-tokens"]),
 ]
 
 
