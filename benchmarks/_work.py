@@ -77,12 +77,29 @@ def count(
     return [_kernel(eqn, smem.get(eqn.params["name"], ())) for eqn in _kernels(jaxpr)]
 
 
-def _kernels(jaxpr) -> Iterator[Any]:
+def count_gpu_exps(
+    fn: Callable, *arrays: jax.ShapeDtypeStruct
+) -> list[tuple[str, int]]:
+    """Names of a function's Mosaic GPU kernels, and exponentials of all their programs.
+
+    With logarithms and the like, of array elements. All programs do alike; a kernel in
+    the body of a `jax.lax.scan` is there once.
+    """
+    counts = []
+    for eqn in _kernels(jax.make_jaxpr(fn)(*arrays).jaxpr, "mpmd_map"):
+        (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
+        counter = _Counter()
+        counter.run(jaxpr, (), [_Ref() for _ in jaxpr.invars], ())
+        counts.append((eqn.params["name"], counter.exps * math.prod(mesh.grid)))
+    return counts
+
+
+def _kernels(jaxpr, primitive="pallas_call") -> Iterator[Any]:
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "pallas_call":
+        if eqn.primitive.name == primitive:
             yield eqn
         for inner in _inner(eqn):
-            yield from _kernels(inner)
+            yield from _kernels(inner, primitive)
 
 
 def _inner(eqn):

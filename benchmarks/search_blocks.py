@@ -36,8 +36,10 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     SHARED_MEMORY,
     Blocks,
     default_blocks,
+    head_dtypes,
     max_period,
     resident_bytes,
+    reverse_bytes,
     sweep_bytes,
 )
 from sinkhorn_jax.attention._problem import Operands, Problem
@@ -57,6 +59,7 @@ CHOICES: Final[Mapping[str, Callable[[Problem], Sequence[Any]]]] = {
     "period": lambda problem: (
         (0, max_period(problem)) if problem.options.num_iters else (0,)
     ),
+    "head_dtype": head_dtypes,
 }
 # Largest error of an array, relative to its largest entry: the kernels round the plan
 # and its gradient to 8 or 11 bits.
@@ -129,7 +132,10 @@ def candidates(problem: Problem) -> Iterator[Blocks]:
         )
     for values in product(*(CHOICES[name](problem) for name in names)):
         blocks = Blocks(**dict(zip(names, values, strict=True)))
-        if fits(problem, blocks):
+        # A head that stays has no strips to hold, and without one it has no dtype.
+        no_matter = {"is_held": True} if blocks.period else {"head_dtype": "float32"}
+        is_first = dataclasses.replace(blocks, **no_matter) == blocks
+        if is_first and fits(problem, blocks):
             yield blocks
 
 
@@ -138,6 +144,7 @@ def fits(problem: Problem, blocks: Blocks) -> bool:
     needed = [sweep_bytes(problem, blocks)]
     if blocks.period:
         needed.append(resident_bytes(problem, blocks))
+        needed.append(reverse_bytes(problem, blocks, 1))
     return max(needed) <= SHARED_MEMORY
 
 

@@ -151,3 +151,31 @@ def test_a_resident_matrix_makes_no_more_exps_with_more_iterations(in_regime):
             many[direction].estimate.transcendentals
         )
         assert many[direction].exps < 1.2 * few[direction].exps
+
+
+@pytest.mark.parametrize("tokens", [64, 192, 256, 1024, 4096])
+@pytest.mark.parametrize("num_iters", [0, 1, 10])
+def test_gpu_kernels_make_entries_so_often(tokens, num_iters):
+    """Backwards, where a sweep is a launch for each iteration unless heads are held."""
+    array = jax.ShapeDtypeStruct((1, tokens, 1, HEAD_DIM), "bfloat16")
+    attend = functools.partial(
+        sinkhorn_attention, num_iters=num_iters, implementation="mosaic_gpu"
+    )
+    step = _program.in_mode(attend, "forward_backward")
+    found = {}
+    for name, exps in _work.count_gpu_exps(step, *[array] * 4):
+        found.setdefault(name.removeprefix("sinkhorn_attention_"), []).append(exps)
+    found = {name: [x / tokens**2 for x in exps] for name, exps in found.items()}
+    # Once for a group of iterations, and in the last pass for row step 0; that for dq,
+    # and again for dk and dv.
+    groups = {0: 0, 1: 1, 10: 2}[num_iters]
+    assert found["pull_back"] == [groups + 1] * 2
+    if num_iters and tokens <= 256:
+        assert found["resident_reverse"] == [groups]
+        assert not {"seed", "sweep"} & found.keys()
+    elif num_iters:
+        assert found["seed"] == [1]
+        # The forward pass has another kernel for the last iteration.
+        is_held = tokens <= 768
+        assert set(found["sweep"]) == {1 if is_held else 2}
+        assert "resident_reverse" not in found

@@ -1,16 +1,20 @@
 """Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
 
 Where shared memory holds the kernel matrix of a head in float32 (192 x 192 entries with
-64 head dimensions, 128 x 256 with 128), the forward pass is one launch, and a program
-has a head. 197 x 197 are 256 x 256 in whole tiles, and too many.
+64 head dimensions, 128 x 256 with 128), the forward pass is one launch, and so is the
+reverse sweep of the gradient, and a program has a head. 197 x 197 are 256 x 256 in
+whole tiles, and too many.
 
-Otherwise, and always in the backward pass, a program has a strip of 64 rows and passes
-over all columns, tile by tile. One pass is one launch, because column sums cross
-programs: each program writes its share, the shares are added in one order, and results
-repeat to the bit. The shares are the largest array there is, of T S / 64 numbers a
-head. A pass of the iteration makes every entry of the plan once where shared memory
-holds a strip of it (768 keys, or 640 with more than 64 head dimensions), and twice
-beyond.
+Otherwise a program has a strip of 64 rows and passes over all columns, tile by tile.
+One pass is one launch, because column sums cross programs: each program writes its
+share, the shares are added in one order, and results repeat to the bit. The shares are
+the largest array there is, of T S / 64 numbers a head. A pass of the iteration makes
+every entry of the plan once where shared memory holds a strip of it (768 keys, or 640
+with more than 64 head dimensions), and twice beyond. So does each pass of the reverse
+sweep, one for every iteration after another that seeds it.
+
+The last pass of the gradient is in strips always. It makes an entry three times for 10
+iterations, for dq, and again for dk and dv. A reverse sweep in one launch does twice.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.

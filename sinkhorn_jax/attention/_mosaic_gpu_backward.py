@@ -1,15 +1,11 @@
 """Backward GPU kernels of Sinkhorn attention: the exact gradient, in closed form.
 
-Each half step adds minus its plan times its weight to the cotangent of the logits, row
-step k the plan of f_k and g_k times the cotangent of f_k, column step k that of f_{k-1}
-and g_k times the cotangent of g_k over b. A pass over the plan of the result seeds the
-cotangent of g_L; one pass for each k from L down to 1 finds the others, with one
-exponential an entry, because row step k - 1 and column step k have f_{k-1} in common.
-The last pass meets the plans of all steps once more for dq, and once more for dk and
-dv, which are sums over the other side of a tile.
+A pass over the plan of the result seeds the cotangent of g_L; one pass for each k from
+L - 1 down to 0 undoes column step k + 1 and row step k, with one exponential an entry,
+because they have f_k in common. The last pass takes off the cotangent of the logits
+what all steps add to it, for dq, and once more for dk and dv, which are sums over the
+other side of a tile. Steps share kernel matrices there (`_mosaic_gpu_correction`).
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from ._mosaic_gpu_blocks import Blocks, pull_back_slots
+from ._mosaic_gpu_blocks import Blocks, num_terms, pull_back_slots
+from ._mosaic_gpu_correction import Cotangents, correction, moved
 from ._mosaic_gpu_forward import History, Operands, sweep
+from ._mosaic_gpu_resident_backward import reverse
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -26,6 +24,7 @@ from ._mosaic_gpu_strips import (
     call_kernel,
     head_and_strip,
     kernel_of,
+    less_outer,
     load,
     of_cols,
     of_rows,
@@ -35,25 +34,9 @@ from ._mosaic_gpu_strips import (
     shared_head,
     span,
     vector,
-    weighted,
+    zero_tile,
 )
 from ._problem import Problem
-
-
-class Steps(NamedTuple):
-    """Half steps: plans exp(Z + f + g), what they weigh in rows and in columns.
-
-    The last one has the plan of the result.
-    """
-
-    f: Float[Array, "BN K T"]
-    g: Float[Array, "BN K S"]
-    row_weight: Float[Array, "BN K T"]
-    col_weight: Float[Array, "BN K S"]
-
-    def transposed(self) -> "Steps":
-        """With keys for rows and queries for columns."""
-        return Steps(self.g, self.f, self.col_weight, self.row_weight)
 
 
 def backward(
@@ -68,51 +51,40 @@ def backward(
     query, key, value, *_ = operands
     # Rounding of `out` would be a cotangent of f_L that no row sum cancels.
     df = (dout.astype(jnp.float32) * out).sum(axis=2)
-    steps = _steps(problem, blocks, operands, history, dout, df)
-    (dq,) = _pull_back(problem, steps, query, key, dout, value, None)
-    dk, dv = _pull_back(problem, steps.transposed(), key, query, value, dout, dout)
+    if blocks.period:
+        cotangents = reverse(problem, blocks, operands, history, dout, df)
+    else:
+        cotangents = _cotangents(problem, blocks, operands, history, dout, df)
+    terms = correction(problem, operands, history, cotangents)
+    (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
+    dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)
     scale = jnp.float32(problem.scale)
     return dq * scale, dk * scale, dv
 
 
-def _steps(problem, blocks, operands, history, dout, df):
-    num_iters = problem.options.num_iters
+def _cotangents(problem, blocks, operands, history, dout, df):
+    """Of all potentials that a step made, with a launch for every pass."""
     f, g = history
-    if num_iters == 0:
-        steps = Steps(f, g, df[None], jnp.zeros_like(g))
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)
+    if problem.options.num_iters == 0:
+        return Cotangents(df[None], g[:0])
     key_t, value_t = (jnp.swapaxes(x, 1, 2) for x in (operands.key, operands.value))
     cols, share = operands.cols, operands.share
-    dg = _seed(problem, blocks, operands.query, key_t, dout, value_t, f[-1], g[-1], df)
+    sums = _seed(
+        problem, blocks, operands.query, key_t, dout, value_t, f[-1], g[-1], df
+    )
 
-    def sweep_of(f, g, weights):
-        return sweep(
-            problem, blocks, operands.query, key_t, f, g, weights, inverts=False
+    def undo(sums, potentials):
+        # Column step k + 1 and row step k, from column sums under the g before.
+        f, g, before = potentials
+        weight = moved(g, before, cols) * sums / share
+        minus_df, sums = sweep(
+            problem, blocks, operands.query, key_t, f, g, weight, inverts=False
         )
+        return sums, (-minus_df, weight)
 
-    def undo(dg, potentials):
-        # Column step k + 1 and row step k, from the cotangent of g_{k+1}.
-        f, g, next_g = potentials
-        moved = jnp.where(cols, jnp.exp(jnp.where(cols, next_g - g, 0)), 0)
-        weight = moved * dg / share
-        minus_df, dg = sweep_of(f, g, weight)
-        return dg, (-minus_df, weight)
-
-    # Of the softmax only the row step is left, and its columns' potential is a
-    # constant. Column step 1 may be far from it: it has a plan of its own.
-    dg, (row_weight, col_weight) = jax.lax.scan(
-        undo, dg, (f[1:-1], g[1:-1], g[2:]), reverse=True
-    )
-    first = jnp.where(cols, dg / share, 0)
-    minus_df, _ = sweep_of(f[0], g[1], first)
-    no_rows, no_cols = jnp.zeros_like(df)[None], jnp.zeros_like(dg)[None]
-    steps = Steps(
-        jnp.concatenate([f[:1], f]),
-        jnp.concatenate([g[:2], g[1:]]),
-        jnp.concatenate([-minus_df[None], no_rows, row_weight, df[None]]),
-        jnp.concatenate([no_cols, first[None], col_weight, no_cols]),
-    )
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps)
+    before = jnp.concatenate([g[2:], g[-1:]])
+    _, (dfs, dgs) = jax.lax.scan(undo, sums, (f[:-1], g[1:], before), reverse=True)
+    return Cotangents(jnp.concatenate([dfs, df[None]]), dgs)
 
 
 def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
@@ -184,26 +156,26 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
     return shares.sum(axis=1)
 
 
-def _pull_back(problem, steps, x, y, dx, dy, other):
+def _pull_back(problem, terms, x, y, dx, dy, other):
     """Products dZ y, and P other if there is one, where dx dy^T is P's cotangent.
 
     x are the queries and dx the output's cotangent, y the keys and dy the values; or
     the other way round.
     """
-    heads, num_steps, length = steps.f.shape
-    num_cols = steps.g.shape[2]
+    heads, num_matrices, length = terms.f.shape
+    rank, num_cols = terms.right.shape[1:]
     tile, h, d = 64, x.shape[2], dx.shape[2]
     x_groups, y_groups = heads // x.shape[0], heads // y.shape[0]
     num_slots = pull_back_slots(problem, tile)
-    operands = [x, jnp.swapaxes(y, 1, 2), y, dx, jnp.swapaxes(dy, 1, 2), *steps]
+    operands = [x, jnp.swapaxes(y, 1, 2), y, dx, jnp.swapaxes(dy, 1, 2), *terms]
     if other is not None:
         operands.append(other)
 
     def body(*refs: Ref):
-        # x [X, I, H], y_t [Y, H, J], y [Y, J, H], dx [X, I, D], dy_t [Y, D, J], f,
-        # row_weight [BN, K, I], g, col_weight [BN, K, J], other [Y, J, D] or none;
-        # results [BN, I, H] and [BN, I, D] or one. Shared: the like in tiles, those
-        # with J of them after an axis of slots; dz, and plan with `other`.
+        # x [X, I, H], y_t [Y, H, J], y [Y, J, H], dx [X, I, D], dy_t [Y, D, J], f
+        # [BN, M, I], g [BN, M, J], left [BN, R, I], right [BN, R, J], other [Y, J, D]
+        # or none; results [BN, I, H] and [BN, I, D] or one. Shared: the like in tiles,
+        # those with J of them after an axis of slots; dz, and plan with `other`.
         rest: list[Ref] = list(refs)
         x_ref, y_t_ref, y_ref, dx_ref, dy_t_ref, *rest = rest
         f_ref, g_ref, left_ref, right_ref, *rest = rest
@@ -247,25 +219,26 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
                 products = product(x_tile, y_t_tile.at[slot])
                 dplan = product(dx_tile, dy_t_tile.at[slot])
 
-                def plan_of(k):
-                    f, g = of_rows(f_tile, k), of_cols(g_tile, slot, k)
+                def kernel_at(i):
+                    f, g = of_rows(f_tile, i), of_cols(g_tile, slot, i)
                     return kernel_of(products, f, g, problem.scale)
 
-                def shares_of(k, plan):
-                    left = of_rows(left_tile, k)
-                    return weighted(plan, left, of_cols(right_tile, slot, k))
+                def less_terms(x, first, count):
+                    def step(k, x):
+                        left = of_rows(left_tile, k)
+                        return less_outer(x, left, of_cols(right_tile, slot, k))
 
-                last = num_steps - 1
-                plan = plan_of(last)
+                    first, last = jnp.int32(first), jnp.int32(first + count)
+                    return jax.lax.fori_loop(first, last, step, x)
+
+                plan = kernel_at(0)
                 if other is not None:
                     add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
-                dz = plan * dplan - shares_of(last, plan)
-                dz = jax.lax.fori_loop(
-                    jnp.int32(0),
-                    jnp.int32(last),
-                    lambda k, dz: dz - shares_of(k, plan_of(k)),
-                    dz,
-                )
+                first, *counts = num_terms(problem)
+                dz = plan * less_terms(dplan, 0, first)
+                for i, count in enumerate(counts, start=1):
+                    terms = less_terms(zero_tile(tile), first, count)
+                    dz, first = dz + kernel_at(i) * terms, first + count
                 add_product(acc_ref, dz, dz_tile, y_tile.at[slot])
                 return carry
 
@@ -284,18 +257,20 @@ def _pull_back(problem, steps, x, y, dx, dy, other):
 
     dtype = problem.dtype
     out_type = [jax.ShapeDtypeStruct((heads, length, h), jnp.float32)]
-    vectors = plgpu.SMEM((num_steps, tile), jnp.float32)
-    slots_of_vectors = plgpu.SMEM((num_slots, num_steps, tile), jnp.float32)
+
+    def vectors(*shape):
+        return plgpu.SMEM((*shape, tile), jnp.float32)
+
     scratch = [
         operand(tile, h, dtype=dtype),
         operand(tile, d, dtype=dtype),
-        vectors,
-        vectors,
+        vectors(num_matrices),
+        vectors(rank),
         operand(num_slots, h, tile, dtype=dtype),
         operand(num_slots, tile, h, dtype=dtype),
         operand(num_slots, d, tile, dtype=dtype),
-        slots_of_vectors,
-        slots_of_vectors,
+        vectors(num_slots, num_matrices),
+        vectors(num_slots, rank),
         operand(tile, tile, dtype=dtype),
         plgpu.Barrier(num_arrivals=4),
         plgpu.Barrier(num_arrivals=5 if other is None else 6, num_barriers=num_slots),

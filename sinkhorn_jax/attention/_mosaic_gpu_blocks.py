@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Final
+from typing import Final, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
@@ -12,8 +12,9 @@ from ._problem import Problem
 # take.
 SHARED_MEMORY: Final = 227 * 2**10 - 2**12
 MAX_HEAD_DIM: Final = 128  # More, and the accumulators of a tile leave the registers.
-# The last pass of the gradient keeps the potentials of all iterations at a tile.
+# The last pass of the gradient keeps vectors of all iterations at a tile.
 MAX_ITERS: Final = 64
+HeadDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,9 @@ class Blocks:
             the sums over its rows and those over its columns. Otherwise it is made
             twice.
         period: Iterations for which the kernel matrix of a head stays in shared
-            memory, in a forward pass of one launch. 0 for a launch each.
+            memory, in one launch for all. 0 for a launch each.
+        head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
+            range; its entries are rounded like the plan before it meets the values.
     """
 
     tile: int
@@ -36,6 +39,7 @@ class Blocks:
     num_col_tiles: int
     is_held: bool
     period: int = 0
+    head_dtype: HeadDtype = "float32"
 
     def __post_init__(self):
         if self.tile != 64:
@@ -48,6 +52,11 @@ class Blocks:
                 raise ValueError(
                     f"Blocks.{name} must be at least {least}, got {count}."
                 )
+        if self.head_dtype not in (known := get_args(HeadDtype)):
+            raise ValueError(
+                f"Blocks.head_dtype must be one of {known}, got {self.head_dtype!r}: "
+                "no other has the range of float32."
+            )
 
     @property
     def rows(self) -> int:
@@ -69,21 +78,32 @@ def default_blocks(problem: Problem) -> Blocks:
         num_col_tiles=-(-problem.s // tile),
         is_held=True,
     )
-    fits = sweep_bytes(problem, blocks) <= SHARED_MEMORY
-    # The softmax alone has no iterations to hold anything for.
-    is_resident = (
-        problem.options.num_iters > 0
-        and resident_bytes(problem, blocks) <= SHARED_MEMORY
-    )
-    period = max_period(problem) if is_resident else 0
-    return dataclasses.replace(blocks, is_held=fits, period=period)
+    if sweep_bytes(problem, blocks) > SHARED_MEMORY:
+        blocks = dataclasses.replace(blocks, is_held=False)
+    if problem.options.num_iters == 0:  # No iterations to hold a head for.
+        return blocks
+    for dtype in head_dtypes(problem):
+        resident = dataclasses.replace(
+            blocks, period=max_period(problem), head_dtype=dtype
+        )
+        needs = resident_bytes(problem, resident), reverse_bytes(problem, resident, 1)
+        if max(needs) <= SHARED_MEMORY:
+            return resident
+    return blocks
+
+
+def head_dtypes(problem: Problem) -> tuple[HeadDtype, ...]:
+    """That a kernel matrix may be kept in: float16 inputs would lose in bfloat16."""
+    wide: tuple[HeadDtype, ...] = get_args(HeadDtype)
+    return wide if problem.dtype == jnp.bfloat16 else wide[:1]
 
 
 def max_period(problem: Problem) -> int:
     """Iterations until an entry of a kernel matrix that float32 lost could matter.
 
     Each takes an entry up by T S at most, and sums have as many entries and are no
-    further from 1. Less than 1e-8 of any sum is lost.
+    further from 1. Less than 1e-8 of any sum is lost. The same holds backwards, from
+    an iteration to those before it.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
     most = math.log(1e-8 / tiny) / math.log(max(2, problem.t * problem.s))
@@ -95,7 +115,24 @@ def resident_bytes(problem: Problem, blocks: Blocks) -> int:
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     operands = problem.dtype.itemsize * blocks.tile * (3 * h + 2 * d + blocks.tile)
     vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
-    return operands + vectors + 4 * blocks.rows * blocks.cols
+    return operands + vectors + _head_bytes(blocks)
+
+
+def reverse_slots(problem: Problem, blocks: Blocks) -> int:
+    """Tiles under way at once in a resident head's reverse sweep: 2, or 1 for room."""
+    return 2 if reverse_bytes(problem, blocks, 2) <= SHARED_MEMORY else 1
+
+
+def reverse_bytes(problem: Problem, blocks: Blocks, num_slots: int) -> int:
+    """What the reverse sweep of a head in one block of threads needs."""
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    operands = problem.dtype.itemsize * blocks.tile * (1 + num_slots) * (h + d)
+    vectors = 4 * (5 * blocks.rows + 7 * blocks.cols)
+    return operands + vectors + _head_bytes(blocks)
+
+
+def _head_bytes(blocks):
+    return jnp.dtype(blocks.head_dtype).itemsize * blocks.rows * blocks.cols
 
 
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
@@ -107,11 +144,45 @@ def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
     return 3 * operand + vectors + held
 
 
+class Group(NamedTuple):
+    """Iterations `first` to `last`, whose steps share the kernel matrix of `base`."""
+
+    base: int
+    first: int
+    last: int
+
+
+def groups(problem: Problem) -> list[Group]:
+    """Of the iterations whose steps the gradient undoes, the last ones first.
+
+    The first base is the last iteration, for its kernel matrix is the plan of the
+    result. The others are in the middle, `max_period` from either end at most.
+    """
+    last, reach = problem.options.num_iters, max_period(problem)
+    result = [Group(last, max(0, last - reach), last)] if last else []
+    while result and result[-1].first > 0:
+        last = result[-1].first - 1
+        first = max(0, last - 2 * reach)
+        result.append(Group((first + last + 1) // 2, first, last))
+    return result
+
+
+def num_terms(problem: Problem) -> list[int]:
+    """Steps of each group, and of row step 0, which is far from all others."""
+    num_iters = problem.options.num_iters
+    # Iteration k stands for row step k and column step k + 1, where there is one.
+    return [
+        min(last, num_iters - 1) - first + 1 + last - max(first, 1) + 1
+        for _, first, last in groups(problem)
+    ] + [1]
+
+
 def pull_back_slots(problem: Problem, tile: int) -> int:
     """Tiles under way at once in the last pass of the gradient: 2, or 1 for room."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     itemsize = problem.dtype.itemsize
-    vectors = 8 * tile * num_steps(problem.options.num_iters)
+    terms = num_terms(problem)
+    vectors = 4 * tile * (len(terms) + sum(terms))
     once = itemsize * tile * (h + d + 2 * tile) + vectors
     at_once = itemsize * tile * (2 * h + 2 * d) + vectors
     return 2 if once + 2 * at_once <= SHARED_MEMORY else 1
@@ -120,9 +191,3 @@ def pull_back_slots(problem: Problem, tile: int) -> int:
 def padded_dim(head_dim: int) -> int:
     """A head dimension with the zeros that fill up rows of a swizzled tile."""
     return -(-head_dim // 64) * 64
-
-
-def num_steps(num_iters: int) -> int:
-    """Half steps whose plans the gradient needs, two of one iteration as one."""
-    # Row step 0 and column step 1 are far from the others, and from each other.
-    return num_iters + 2 if num_iters else 1

@@ -14,6 +14,10 @@ rounded to 0 cannot matter before (T S)^k comes near to the range of float32, an
 made afresh from the potentials after so many steps (`max_period`). Nothing has to be
 detected. Of each entry that is two exponentials for the softmax and the first column
 step, and one for every such period.
+
+In bfloat16 E has half the bytes and the same range. Its entries are off by 2^-9, and
+like them those of the plan, which are rounded as much before they meet the values; rows
+are right for the plan as it is kept, and the potentials are those of it.
 """
 
 import jax
@@ -24,9 +28,8 @@ from jaxtyping import Array, Bool, Float
 
 from ._kernels import reciprocal
 from ._mosaic_gpu_blocks import Blocks
+from ._mosaic_gpu_held import Held, do_each, in_tiles, matrix, zeros_of_cols
 from ._mosaic_gpu_strips import (
-    COLS,
-    TILE,
     Ref,
     add_product,
     along_cols,
@@ -84,6 +87,7 @@ def solve(
         f_tile, base_f, u_tile, g_tile, base_g, weight_tile, share_tile, *rest = rest
         once, row_barrier, barrier = rest
         n = jax.lax.axis_index("program")
+        held = Held(e_tile)
         load(
             once,
             [
@@ -92,12 +96,6 @@ def solve(
                 (share_ref.at[n], share_tile),
             ],
         )
-
-        def kernel_at(i, j):
-            return plgpu.layout_cast(e_tile[i, j], TILE)
-
-        def over(count, step, carry):
-            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)
 
         def of_products(i, step, carry):
             # step(j, products of strip i and tile j, carry)
@@ -113,18 +111,16 @@ def solve(
 
             return over_tiles(num_cols, 2, barrier, copies, multiply, carry)
 
-        def softmax(i, nothing):
+        def softmax(i):
             # Read before a barrier, written after it: four threads share a row.
             valid = of_rows(f_tile, i) == 0
 
             def step(j, products, carry):
-                e_tile[i, j] = products * jnp.float32(problem.scale)
                 return log_sum(carry, products, of_cols(g_tile, j), problem.scale)
 
             least = zeros(tile) + jnp.finfo(jnp.float32).min
             top, total = of_products(i, step, (least, zeros(tile)))
             put_f(0, i, -(top + jnp.log(total)), valid)
-            return nothing
 
         def put_f(k, i, f, valid):
             f = jnp.where(valid, f, -jnp.inf)
@@ -136,57 +132,62 @@ def solve(
             g_tile[j] = g
             gs_ref[k, n, span(j, tile)] = g
 
-        def zeros_of_cols():
-            return plgpu.layout_cast(jnp.zeros((tile,), jnp.float32), COLS)
+        # Until there is a kernel matrix, the vectors of its columns are running maxima
+        # and sums under them.
+        top_tile, total_tile = base_g, weight_tile
 
-        def first_column_step(j, nothing):
+        def start_first_column_step(j):
             gs_ref[0, n, span(j, tile)] = of_cols(g_tile, j)
+            nothing = zeros_of_cols(tile)
+            top_tile[j] = nothing + jnp.finfo(jnp.float32).min
+            total_tile[j] = nothing
 
-            def step(i, carry):
-                return log_sum_of_cols(carry, kernel_at(i, j), of_rows(f_tile, i))
+        def add_to_columns(i):
+            f = of_rows(f_tile, i)
 
-            least = zeros_of_cols() + jnp.finfo(jnp.float32).min
-            top, total = over(num_rows, step, (least, zeros_of_cols()))
+            def step(j, products, nothing):
+                carry = of_cols(top_tile, j), of_cols(total_tile, j)
+                logits = products * jnp.float32(problem.scale)
+                top, total = log_sum_of_cols(carry, logits, f)
+                # All have read before one writes: several threads share a column.
+                plgpu.commit_smem()
+                top_tile[j] = top
+                total_tile[j] = total
+                return nothing
+
+            of_products(i, step, jnp.int32(0))
+
+        def first_column_step(j):
             share = of_cols(share_tile, j)
             valid = share > 0
+            top, total = of_cols(top_tile, j), of_cols(total_tile, j)
             g = jnp.log(jnp.where(valid, share, 1.0)) - (top + jnp.log(total))
             put_g(1, j, g, valid)
-            return nothing
 
-        def make(i, nothing):
+        def make(i):
             f = of_rows(f_tile, i)
             base_f[i] = f
 
             def step(j, products, nothing):
-                e_tile[i, j] = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                kernel = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                held.put(i, j, kernel)
                 return nothing
 
-            return of_products(i, step, nothing)
+            of_products(i, step, jnp.int32(0))
 
-        def rebase(j, nothing):
+        def rebase(j):
             base_g[j] = of_cols(g_tile, j)
-            weight_tile[j] = zeros_of_cols() + 1
-            return nothing
+            weight_tile[j] = zeros_of_cols(tile) + 1
 
         def row_step(k, i):
-            def add(j, sums):
-                kernel = kernel_at(i, j)
-                return sums + kernel * along_cols(of_cols(weight_tile, j), kernel)
-
-            start = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
-            sums = over(num_cols, add, start).sum(axis=1)
+            sums = held.row_sums(i, weight_tile)
             u_tile[i] = reciprocal(sums)
             valid = sums != 0
             f = of_rows(base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
             put_f(k + jnp.int32(1), i, f, valid)
 
         def col_step(k, j):
-            def add(i, sums):
-                kernel = kernel_at(i, j)
-                return sums + kernel * along_rows(of_rows(u_tile, i), kernel)
-
-            start = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
-            sums = over(num_rows, add, start).sum(axis=0)
+            sums = held.col_sums(j, u_tile)
 
             @pl.when(k + jnp.int32(1) < num_iters)
             def _():
@@ -203,34 +204,25 @@ def solve(
                     total = sums * of_cols(weight_tile, j)
                     sums_ref[n, span(j, tile)] = total
 
-        def iterate(k, nothing):
+        def iterate(k):
             @pl.when(jax.lax.rem(k, jnp.int32(period)) == 0)
             def _():
-                over(num_rows, make, jnp.int32(0))
-                over(num_cols, rebase, jnp.int32(0))
+                do_each(num_rows, make)
+                do_each(num_cols, rebase)
                 plgpu.commit_smem()
 
-            def rows(i, nothing):
-                row_step(k, i)
-                return nothing
+            def col_steps():
+                do_each(num_cols, lambda j: col_step(k, j))
 
-            def cols(j, nothing):
-                col_step(k, j)
-                return nothing
-
-            def all_cols():
-                over(num_cols, cols, jnp.int32(0))
-
-            over(num_rows, rows, jnp.int32(0))
+            do_each(num_rows, lambda i: row_step(k, i))
             plgpu.commit_smem()
             if has_sums:
-                all_cols()
+                col_steps()
             else:
-                pl.when(k + jnp.int32(1) < num_iters)(all_cols)
+                pl.when(k + jnp.int32(1) < num_iters)(col_steps)
             plgpu.commit_smem()
-            return nothing
 
-        def apply(i, nothing):
+        def apply(i):
             u = of_rows(u_tile, i)
 
             def copies(j):
@@ -239,7 +231,7 @@ def solve(
 
             def accumulate(acc_ref):
                 def step(j, slot, nothing):
-                    kernel = kernel_at(i, j)
+                    kernel = held.at(i, j)
                     weight = along_cols(of_cols(weight_tile, j), kernel)
                     # Rows that are right before they are rounded: float16 has them.
                     plan = kernel * along_rows(u, kernel) * weight
@@ -252,25 +244,22 @@ def solve(
             out_ref[n, span(i, tile)] = pl.run_scoped(
                 accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
             )
-            return nothing
 
-        over(num_rows, softmax, jnp.int32(0))
+        do_each(num_rows, softmax)
         plgpu.commit_smem()
-        over(num_cols, first_column_step, jnp.int32(0))
+        do_each(num_cols, start_first_column_step)
+        do_each(num_rows, add_to_columns)
         plgpu.commit_smem()
-        over(num_iters, iterate, jnp.int32(0))
-        over(num_rows, apply, jnp.int32(0))
-
-    def in_tiles(x):
-        return x.reshape(heads, -1, tile)
+        do_each(num_cols, first_column_step)
+        plgpu.commit_smem()
+        do_each(num_iters, iterate)
+        do_each(num_rows, apply)
 
     def padding(valid):
         return jnp.where(valid, jnp.float32(0), -jnp.inf)
 
     row_vector = plgpu.SMEM((num_rows, tile), jnp.float32)
     col_vector = plgpu.SMEM((num_cols, tile), jnp.float32)
-    transforms = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
-    shape = num_rows, num_cols, tile, tile
     sums = [vector(heads, blocks.cols)] if has_sums else []
     out, fs, gs, *sums = call_kernel(
         body,
@@ -283,7 +272,7 @@ def solve(
             *sums,
         ],
         [
-            plgpu.SMEM(shape, jnp.float32, transforms=transforms),
+            matrix(blocks),
             operand(tile, h, dtype=problem.dtype),
             operand(2, h, tile, dtype=problem.dtype),
             operand(2, tile, d, dtype=problem.dtype),
@@ -297,8 +286,8 @@ def solve(
         query,
         key_t,
         value,
-        in_tiles(padding(rows)),
-        in_tiles(padding(cols)),
-        in_tiles(jnp.where(cols, share, 0)),
+        in_tiles(padding(rows), tile),
+        in_tiles(padding(cols), tile),
+        in_tiles(jnp.where(cols, share, 0), tile),
     )
     return out, fs, gs, sums[0] if sums else None

@@ -74,11 +74,11 @@ def log_sum_of_cols(
     return next_top, total * jnp.exp(top - next_top) + more
 
 
-def weighted(
-    kernel: Float[Array, "I J"], left: Float[Array, " I"], right: Float[Array, " J"]
+def less_outer(
+    x: Float[Array, "I J"], left: Float[Array, " I"], right: Float[Array, " J"]
 ) -> Float[Array, "I J"]:
-    """A row step's and a column step's share of the cotangent of the logits."""
-    return kernel * (along_rows(left, kernel) + along_cols(right, kernel))
+    """`x` less the outer product of `left` and `right`."""
+    return x - along_rows(left, x) * along_cols(right, x)
 
 
 def row_sums(kernel: Float[Array, "I J"], weights: Float[Array, " J"]):
@@ -123,6 +123,11 @@ def add_product(acc_ref: Ref, x: Float[Array, "I J"], x_ref: Ref, y_ref: Ref) ->
 def zeros(*shape: int) -> Float[Array, "..."]:
     """A vector with a number for each row of a tile."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ROWS)
+
+
+def zero_tile(tile: int) -> Float[Array, "I J"]:
+    """As a product's accumulator is held."""
+    return plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), TILE)
 
 
 def of_rows(ref: Ref, *index: Any) -> Float[Array, " I"]:
