@@ -48,6 +48,7 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     reverse_bytes,
     reverse_slots,
     sweep_bytes,
+    whole_slots,
 )
 from sinkhorn_jax.attention._problem import Problem
 
@@ -563,11 +564,15 @@ def lowered(fn, *shapes, dtype):
 def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
     text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype=dtype)
-    resident = {"resident", "resident_reverse"}
-    passes = {"log_row_sums", "sweep", "apply", "seed"}
-    found = set(re.findall("sinkhorn_attention_([a-z_]+)", text))
-    expected = {"pull_back"} | (resident if is_resident else passes)
-    assert found & (resident | passes | {"pull_back"}) == expected
+    names = {"resident", "resident_reverse"}
+    if not is_resident:
+        names = {"log_row_sums", "sweep", "apply", "seed"}
+    # What a tile of queries and of keys needs beside the cotangents of all queries.
+    of_all = t * head_dim <= 128 * 128 or (t <= 256 and head_dim <= 64)
+    names.add("resident_pull_back" if is_resident and of_all else "pull_back")
+    assert set(re.findall(r"sinkhorn_attention_([a-z_]+)\b", text)) >= names
+    others = {"apply", "seed", "resident", "resident_pull_back", "pull_back"} - names
+    assert not re.search(rf"sinkhorn_attention_({'|'.join(others)})\b", text)
 
 
 # Each dtype, each width of an operand, a strip that is held and one that is not, and a
@@ -702,6 +707,37 @@ def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
         total + 4 * (5 * t + 7 * s)
     )
     assert {1, 2} >= {slots for *_, slots in held}
+
+
+@pytest.mark.parametrize(
+    ("t", "head_dim", "num_iters", "slots"),
+    [
+        (256, 64, 10, 2),
+        (128, 128, 10, 1),
+        (192, 128, 10, 0),
+        (256, 128, 10, 0),
+        (256, 64, MAX_ITERS, 1),
+        (256, 64, 0, 0),
+        (320, 64, 10, 0),
+    ],
+)
+def test_short_heads_have_a_last_pass_of_one_launch(t, head_dim, num_iters, slots):
+    dims = {"head_dim": head_dim, "value_dim": head_dim}
+    short = problem(t=t, s=t, **dims, options=Options(num_iters))
+    assert whole_slots(short, default_blocks(short)) == slots
+    # In bytes: three operands of keys and values, four of each slot of queries and
+    # cotangents, the plan and its cotangent; a vector for each kernel matrix and each
+    # step, once and in each slot; the cotangent of the queries.
+    terms = num_terms(short)
+    vectors = 4 * 64 * (len(terms) + sum(terms))
+
+    def total(slots):
+        operands = 2 * 64 * head_dim * (3 + 4 * slots) + 2 * 2 * 64 * 64
+        return operands + (1 + slots) * vectors + 4 * t * head_dim
+
+    assert not slots or total(slots) <= SHARED_MEMORY
+    is_resident = default_blocks(short).period > 0
+    assert slots == 2 or not is_resident or total(slots + 1) > SHARED_MEMORY
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")

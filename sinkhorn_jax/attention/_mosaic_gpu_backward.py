@@ -13,10 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from ._mosaic_gpu_blocks import Blocks, num_terms, pull_back_slots
-from ._mosaic_gpu_correction import Cotangents, correction, moved
+from ._mosaic_gpu_blocks import Blocks, pull_back_slots, whole_slots
+from ._mosaic_gpu_correction import Cotangents, correction, dlogits, moved
 from ._mosaic_gpu_forward import History, Operands, sweep
 from ._mosaic_gpu_resident_backward import reverse
+from ._mosaic_gpu_resident_pull_back import pull_back_whole
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -24,7 +25,6 @@ from ._mosaic_gpu_strips import (
     call_kernel,
     head_and_strip,
     kernel_of,
-    less_outer,
     load,
     of_cols,
     of_rows,
@@ -34,7 +34,6 @@ from ._mosaic_gpu_strips import (
     shared_head,
     span,
     vector,
-    zero_tile,
 )
 from ._problem import Problem
 
@@ -56,8 +55,11 @@ def backward(
     else:
         cotangents = _cotangents(problem, blocks, operands, history, dout, df)
     terms = correction(problem, operands, history, cotangents)
-    (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
-    dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)
+    if whole_slots(problem, blocks):
+        dq, dk, dv = pull_back_whole(problem, blocks, terms, query, key, value, dout)
+    else:
+        (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
+        dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)
     scale = jnp.float32(problem.scale)
     return dq * scale, dk * scale, dv
 
@@ -219,26 +221,18 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
                 products = product(x_tile, y_t_tile.at[slot])
                 dplan = product(dx_tile, dy_t_tile.at[slot])
 
-                def kernel_at(i):
-                    f, g = of_rows(f_tile, i), of_cols(g_tile, slot, i)
-                    return kernel_of(products, f, g, problem.scale)
+                def take_plan(plan):
+                    if other is not None:
+                        add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
 
-                def less_terms(x, first, count):
-                    def step(k, x):
-                        left = of_rows(left_tile, k)
-                        return less_outer(x, left, of_cols(right_tile, slot, k))
-
-                    first, last = jnp.int32(first), jnp.int32(first + count)
-                    return jax.lax.fori_loop(first, last, step, x)
-
-                plan = kernel_at(0)
-                if other is not None:
-                    add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
-                first, *counts = num_terms(problem)
-                dz = plan * less_terms(dplan, 0, first)
-                for i, count in enumerate(counts, start=1):
-                    terms = less_terms(zero_tile(tile), first, count)
-                    dz, first = dz + kernel_at(i) * terms, first + count
+                dz = dlogits(
+                    problem,
+                    products,
+                    dplan,
+                    lambda m: (of_rows(f_tile, m), of_cols(g_tile, slot, m)),
+                    lambda k: (of_rows(left_tile, k), of_cols(right_tile, slot, k)),
+                    take_plan,
+                )
                 add_product(acc_ref, dz, dz_tile, y_tile.at[slot])
                 return carry
 

@@ -177,6 +177,20 @@ def num_terms(problem: Problem) -> list[int]:
     ] + [1]
 
 
+def whole_slots(problem: Problem, blocks: Blocks) -> int:
+    """Tiles under way at once in a last pass of one launch; 0 if there is no room."""
+    if not blocks.period:
+        return 0
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    terms = num_terms(problem)
+    vectors = 4 * blocks.tile * (len(terms) + sum(terms))
+    of_tile = problem.dtype.itemsize * blocks.tile
+    once = of_tile * (2 * h + d + 2 * blocks.tile) + vectors + 4 * blocks.rows * h
+    at_once = of_tile * 2 * (h + d) + vectors
+    room = (SHARED_MEMORY - once) // at_once
+    return max(0, min(2, room))
+
+
 def pull_back_slots(problem: Problem, tile: int) -> int:
     """Tiles under way at once in the last pass of the gradient: 2, or 1 for room."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
