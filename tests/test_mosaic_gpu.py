@@ -39,6 +39,7 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     MAX_ITERS,
     SHARED_MEMORY,
     Blocks,
+    allocated,
     default_blocks,
     groups,
     max_period,
@@ -665,6 +666,8 @@ def test_short_strips_are_held():
         (256, 256, 128, "bfloat16", "bfloat16"),
         (256, 256, 64, "float16", None),
         (257, 256, 128, "bfloat16", None),
+        # Room for their numbers, but not from multiples of 1 KiB on.
+        (512, 64, 128, "float16", None),
     ],
 )
 def test_short_heads_are_held(t, s, head_dim, dtype, head_dtype):
@@ -675,7 +678,7 @@ def test_short_heads_are_held(t, s, head_dim, dtype, head_dtype):
     assert blocks.head_dtype == (head_dtype or "float32")
     # In bytes: the kernel matrix; a tile of queries, two of keys and two of values, one
     # of the plan; three vectors of rows and four of columns.
-    vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
+    vectors = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
     itemsize = jnp.dtype(blocks.head_dtype).itemsize
     total = itemsize * blocks.rows * blocks.cols + 2 * 64 * (5 * head_dim + 64)
     assert resident_bytes(short, blocks) == total + vectors
@@ -704,7 +707,10 @@ def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
     total = jnp.dtype(blocks.head_dtype).itemsize * t * s
     total += 2 * 64 * (1 + slots) * (head_dim + value_dim)
     assert reverse_bytes(problem(t=t, s=s, **dims), blocks, slots) == (
-        total + 4 * (5 * t + 7 * s)
+        total
+        + 3 * (allocated(4 * t) + allocated(4 * s))
+        + allocated(8 * t)
+        + 2 * allocated(8 * s)
     )
     assert {1, 2} >= {slots for *_, slots in held}
 
@@ -729,11 +735,14 @@ def test_short_heads_have_a_last_pass_of_one_launch(t, head_dim, num_iters, slot
     # cotangents, the plan and its cotangent; a vector for each kernel matrix and each
     # step, once and in each slot; the cotangent of the queries.
     terms = num_terms(short)
-    vectors = 4 * 64 * (len(terms) + sum(terms))
+
+    def vectors(slots):
+        sizes = (4 * 64 * slots * count for count in (len(terms), sum(terms)))
+        return sum(allocated(size) for size in sizes)
 
     def total(slots):
         operands = 2 * 64 * head_dim * (3 + 4 * slots) + 2 * 2 * 64 * 64
-        return operands + (1 + slots) * vectors + 4 * t * head_dim
+        return operands + vectors(1) + vectors(slots) + 4 * t * head_dim
 
     assert not slots or total(slots) <= SHARED_MEMORY
     is_resident = default_blocks(short).period > 0

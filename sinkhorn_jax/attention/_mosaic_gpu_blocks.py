@@ -114,7 +114,7 @@ def resident_bytes(problem: Problem, blocks: Blocks) -> int:
     """What a head in one block of threads needs of shared memory."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     operands = problem.dtype.itemsize * blocks.tile * (3 * h + 2 * d + blocks.tile)
-    vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
+    vectors = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
     return operands + vectors + _head_bytes(blocks)
 
 
@@ -127,7 +127,9 @@ def reverse_bytes(problem: Problem, blocks: Blocks, num_slots: int) -> int:
     """What the reverse sweep of a head in one block of threads needs."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     operands = problem.dtype.itemsize * blocks.tile * (1 + num_slots) * (h + d)
-    vectors = 4 * (5 * blocks.rows + 7 * blocks.cols)
+    rows, cols = 4 * blocks.rows, 4 * blocks.cols
+    vectors = 3 * (allocated(rows) + allocated(cols))
+    vectors += allocated(2 * rows) + 2 * allocated(2 * cols)
     return operands + vectors + _head_bytes(blocks)
 
 
@@ -139,9 +141,14 @@ def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
     """What a pass over one strip needs of shared memory."""
     h = padded_dim(problem.head_dim)
     operand = problem.dtype.itemsize * blocks.tile * h
-    vectors = 4 * blocks.tile * 5
+    vectors = allocated(4 * blocks.tile) + 2 * allocated(2 * 4 * blocks.tile)
     held = 4 * blocks.tile * blocks.cols if blocks.is_held else 0
     return 3 * operand + vectors + held
+
+
+def allocated(num_bytes: int) -> int:
+    """What an array takes: Mosaic GPU starts the next one at a multiple of 1 KiB."""
+    return -(-num_bytes // 2**10) * 2**10
 
 
 class Group(NamedTuple):
@@ -182,24 +189,31 @@ def whole_slots(problem: Problem, blocks: Blocks) -> int:
     if not blocks.period:
         return 0
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    terms = num_terms(problem)
-    vectors = 4 * blocks.tile * (len(terms) + sum(terms))
     of_tile = problem.dtype.itemsize * blocks.tile
-    once = of_tile * (2 * h + d + 2 * blocks.tile) + vectors + 4 * blocks.rows * h
-    at_once = of_tile * 2 * (h + d) + vectors
-    room = (SHARED_MEMORY - once) // at_once
-    return max(0, min(2, room))
+    once = of_tile * (2 * h + d + 2 * blocks.tile) + 4 * blocks.rows * h
+    once += _term_bytes(problem, blocks.tile, 1)
+    for num_slots in (2, 1):
+        at_once = num_slots * of_tile * 2 * (h + d)
+        at_once += _term_bytes(problem, blocks.tile, num_slots)
+        if once + at_once <= SHARED_MEMORY:
+            return num_slots
+    return 0
 
 
 def pull_back_slots(problem: Problem, tile: int) -> int:
     """Tiles under way at once in the last pass of the gradient: 2, or 1 for room."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     itemsize = problem.dtype.itemsize
+    once = itemsize * tile * (h + d + 2 * tile) + _term_bytes(problem, tile, 1)
+    at_once = 2 * itemsize * tile * (2 * h + 2 * d) + _term_bytes(problem, tile, 2)
+    return 2 if once + at_once <= SHARED_MEMORY else 1
+
+
+def _term_bytes(problem, tile, num_slots):
+    """Of a tile's potentials of each kernel matrix, and factors of each step."""
     terms = num_terms(problem)
-    vectors = 4 * tile * (len(terms) + sum(terms))
-    once = itemsize * tile * (h + d + 2 * tile) + vectors
-    at_once = itemsize * tile * (2 * h + 2 * d) + vectors
-    return 2 if once + 2 * at_once <= SHARED_MEMORY else 1
+    vector = 4 * num_slots * tile
+    return allocated(vector * len(terms)) + allocated(vector * sum(terms))
 
 
 def padded_dim(head_dim: int) -> int:
