@@ -397,6 +397,7 @@ def test_more_kernels_agree_with_float64(
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("deviation", [1.0, 4.0])
 def test_a_head_in_bfloat16_is_about_as_exact_as_the_softmax(on_device, deviation):
     """Relative to the largest entry, at most twice its error; of gradients thrice."""
