@@ -39,10 +39,29 @@ MEMORY_METHOD: Final = (
     "What an executable declares as temporary memory, in MiB, forward / forward and "
     "backward: inputs and results are not in it, potentials that the backward pass "
     "reads are. The last column is that of `mosaic_gpu`, forward and backward, in "
-    "bytes for each of N (T + S) (H + L) numbers of N heads, where it stays about the "
-    "same, and so does not grow with T S as the others do. `scaling`, `streaming`, "
-    "`reference` and `softmax` (`jax.nn.dot_product_attention`, as XLA compiles it) "
+    "bytes for each of N (T + S) (H + L) numbers of N heads: where it stays about the "
+    "same, temporary memory is linear in T + S. `scaling`, `streaming`, `reference` and `softmax` (`jax.nn.dot_product_attention`, as XLA compiles it) "
     "are of the same target, shape and dtype."
+)
+
+# An entry, of flash attention: in its forward kernel, and in those for dq and for dk
+# and dv, which make the plan again.
+SOFTMAX_EXPS: Final = {"forward": 1, "backward": 2}
+WORK_METHOD: Final = (
+    "Counted in the traced kernels, over their loops and launches, for an entry of the "
+    "logits: matrix *products*, in units of 2 H flops; *exps*, beside those of flash "
+    "attention, one forward and two backward; *vector operations*, which the compiler "
+    "may fuse in pairs. *estimate* is a **roofline, not a measurement; nothing ran**: "
+    "the largest of the three over an H100 SXM's peaks, as if they overlapped without "
+    "loss and all multiprocessors had work; memory, launches and what is outside of "
+    "the kernels are left out. *x softmax's exps* is that over the time of softmax's "
+    "exponentials alone, on the units that make ours. Peaks: "
+    f"{_hopper.FLOPS / 1e12:.0f} Tflop/s of dense products and "
+    f"{_hopper.VECTOR_OPS / 1e12:.3g} T/s of vector operations ([data sheet]"
+    "(https://www.nvidia.com/en-us/data-center/h100/), half of its float32 flops), "
+    f"{_hopper.EXPS / 1e12:.3g} T/s of exponentials (16 for 128 of those: [CUDA C++ "
+    "Programming Guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/), "
+    "arithmetic instructions)."
 )
 
 
@@ -80,6 +99,26 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the kernels of a pass do, in all launches: counted in their traces."""
+
+    direction: str
+    launches: int
+    flops: int  # Of matrix products.
+    exps: int
+    vector: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds that each would take alone."""
+        return {
+            "tensor cores": self.flops / _hopper.FLOPS,
+            "exponentials": self.exps / _hopper.EXPS,
+            "vector operations": self.vector / _hopper.VECTOR_OPS,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
     """How our attention kernels cut a head."""
 
@@ -103,6 +142,7 @@ class Row:
     dtype: str
     num_iters: int
     kernels: tuple[Kernel, ...]  # Of Pallas.
+    work: tuple[Work, ...]  # Of our attention kernels, where it was counted.
     blocks: Blocks | None  # Of our attention kernels alone.
     temp_bytes: int
     argument_bytes: int
@@ -154,6 +194,8 @@ def page(rows: Sequence[Row]) -> str:
     ours = [row for row in rows if row.program == OURS]
     if ours:
         parts += ["## Temporary memory", MEMORY_METHOD, _memory(rows)]
+    if any(row.work for row in ours):
+        parts += ["## Work", WORK_METHOD, _work(ours)]
     parts += ["## Kernels of attention", KERNELS_METHOD]
     for key in dict.fromkeys((x.dtype, x.head_dim, x.num_iters) for x in ours):
         some = [row for row in ours if (row.dtype, row.head_dim, row.num_iters) == key]
@@ -206,6 +248,37 @@ def _memory(rows):
         shape = map(str, (row.heads, row.tokens, row.head_dim))
         lines.append((row.dtype, *shape, *cells, each))
     return _table.markdown(MEMORY_HEADER, lines)
+
+
+WORK_HEADER: Final = (
+    *("dtype", "H", "iterations", "tokens", "pass", "launches", "products", "exps"),
+    "softmax's exps",
+    *("vector operations", "estimate, µs", "x softmax's exps", "limited by"),
+)
+
+
+def _work(rows):
+    lines = []
+    for row in rows:
+        if row.mode != "forward_backward":
+            continue
+        entries = row.heads * row.tokens**2
+        for work in row.work:
+            limit = max(work.parts, key=lambda name: work.parts[name])
+            seconds, softmax = work.parts[limit], SOFTMAX_EXPS[work.direction]
+            lines.append(
+                (
+                    *(row.dtype, str(row.head_dim), str(row.num_iters)),
+                    *(str(row.tokens), work.direction, str(work.launches)),
+                    f"{work.flops / (2 * row.head_dim * entries):.2f}",
+                    *(f"{work.exps / entries:.2f}", str(softmax)),
+                    f"{work.vector / entries:.1f}",
+                    _table.number(1e6 * seconds),
+                    _table.number(seconds / (softmax * entries / _hopper.EXPS)),
+                    limit,
+                )
+            )
+    return _table.markdown(WORK_HEADER, lines)
 
 
 REGIME_HEADER: Final = ("tokens", "kernel matrix", "tiles", "shared memory, estimated")
@@ -277,4 +350,5 @@ def _parse(fields: dict[str, Any]) -> Row:
         Kernel(**x | {"remarks": tuple(x["remarks"])}) for x in fields["kernels"]
     )
     blocks = fields["blocks"] and Blocks(**fields["blocks"])
-    return Row(**fields | {"kernels": kernels, "blocks": blocks})
+    work = tuple(Work(**x) for x in fields["work"])
+    return Row(**fields | {"kernels": kernels, "work": work, "blocks": blocks})

@@ -1,4 +1,4 @@
-"""The GPU that kernels are compiled for, and what of it a block of threads takes."""
+"""The GPU that kernels are compiled for: what it has, and what it can do at most."""
 
 import math
 from typing import Final
@@ -43,6 +43,16 @@ PARTS: Final = 4
 WARP: Final = 32
 MAX_THREADS: Final = 2048
 MAX_BLOCKS: Final = 32
+
+# A second, of an H100 SXM: dense products in bfloat16 and float16, and operations in
+# float32 at one for each two of its flops, says NVIDIA's data sheet,
+# https://www.nvidia.com/en-us/data-center/h100/.
+FLOPS: Final = 989e12
+VECTOR_OPS: Final = 67e12 / 2
+# A multiprocessor makes 16 results of exp2 while it makes 128 of additions: CUDA C++
+# Programming Guide, "Arithmetic Instructions",
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/.
+EXPS: Final = VECTOR_OPS * 16 / 128
 
 
 def blocks_at_once(registers: int, threads: int, shared: int) -> tuple[int, str]:

@@ -60,6 +60,7 @@ class Work(NamedTuple):
     vector: int = 0  # Operations on array elements, sums with them.
     num_bytes: int = 0  # Moved between HBM and VMEM.
     estimate: Any = None  # The kernel's own `pl.CostEstimate`.
+    times: int = 1  # Launches, of Mosaic GPU's.
 
 
 def count(
@@ -73,33 +74,50 @@ def count(
         smem: By name of a kernel, what its operands in SMEM hold. A branch on something
             that is not known is the first one, which is "no" of `pl.when`.
     """
-    jaxpr = jax.make_jaxpr(fn)(*arrays).jaxpr
-    return [_kernel(eqn, smem.get(eqn.params["name"], ())) for eqn in _kernels(jaxpr)]
+    return [
+        _kernel(eqn, smem.get(eqn.params["name"], ()))
+        for eqn, _ in _repeated(jax.make_jaxpr(fn)(*arrays).jaxpr, "pallas_call")
+    ]
 
 
-def count_gpu_exps(
-    fn: Callable, *arrays: jax.ShapeDtypeStruct
-) -> list[tuple[str, int]]:
-    """Names of a function's Mosaic GPU kernels, and exponentials of all their programs.
+def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
+    """The work of each Mosaic GPU kernel of a function, in one of its launches.
 
-    With logarithms and the like, of array elements. All programs do alike; a kernel in
-    the body of a `jax.lax.scan` is there once.
+    All programs of a kernel do alike, and the first one is counted. What they move is
+    not, because most of it may come from a cache.
+
+    Raises:
+        ValueError: A kernel's loop ends by what arrays hold.
     """
-    counts = []
-    for eqn in _kernels(jax.make_jaxpr(fn)(*arrays).jaxpr, "mpmd_map"):
-        (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
-        counter = _Counter()
-        counter.run(jaxpr, (), [_Ref() for _ in jaxpr.invars], ())
-        counts.append((eqn.params["name"], counter.exps * math.prod(mesh.grid)))
-    return counts
+    return [
+        _gpu_kernel(eqn, times)
+        for eqn, times in _repeated(jax.make_jaxpr(fn)(*arrays).jaxpr, "mpmd_map")
+    ]
 
 
-def _kernels(jaxpr, primitive="pallas_call") -> Iterator[Any]:
+def _gpu_kernel(eqn, times) -> Work:
+    (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
+    counter = _Counter()
+    counter.run(jaxpr, (), [_Ref() for _ in jaxpr.invars], ())
+    num_programs = math.prod(mesh.grid)
+    return Work(
+        name=eqn.params["name"],
+        flops=counter.flops * num_programs,
+        passes=counter.passes * num_programs,
+        exps=counter.exps * num_programs,
+        vector=counter.vector * num_programs,
+        times=times,
+    )
+
+
+def _repeated(jaxpr, primitive, times=1) -> Iterator[tuple[Any, int]]:
+    """Equations of a primitive, and how often loops of known length come to them."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == primitive:
-            yield eqn
+            yield eqn, times
+        length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for inner in _inner(eqn):
-            yield from _kernels(inner, primitive)
+            yield from _repeated(inner, primitive, times * length)
 
 
 def _inner(eqn):
@@ -207,6 +225,13 @@ class _Counter:
             )
             self.flops += flops
             self.passes += flops * (HIGHEST_PASSES if is_highest else 1)
+        elif name == "wgmma_ref":
+            accumulator, x, *_ = (x.aval for x in eqn.invars)
+            # In shared memory a matrix is in tiles for the tensor cores, on four axes,
+            # and may be one slot of several.
+            depth = math.prod(x.shape[-4:]) // accumulator.shape[0]
+            self.flops += 2 * math.prod(accumulator.shape) * depth
+            self.passes += 2 * math.prod(accumulator.shape) * depth
         elif name in TRANSCENDENTAL or name in VECTOR:
             # A reduction's operand, or what the result is as large as.
             size = max(math.prod(x.aval.shape) for x in (*eqn.invars, *eqn.outvars))

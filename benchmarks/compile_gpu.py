@@ -7,14 +7,17 @@ Needs JAX's plugin for CUDA, ptxas and nvdisasm (578 MB) in a folder of their ow
 error where there are none says how to get them. It is kept apart because JAX looks for
 a GPU at every start where it can import the plugin.
 
-It compiles `mosaic_gpu` forward and with the backward pass: in the first dtype and head
-dimension for `tokens`, in the others for `few_tokens`, and for few iterations at the
-first of those. For `xla_tokens` it compiles the other implementations and the softmax
-attention of XLA as well, for their memory, and for `sizes` the kernels for many small
-matrices. It keeps what the compilers say: registers, spills, shared memory,
-instructions and remarks of each kernel, and the temporary memory of each executable.
-Nothing runs. Rows go to benchmarks/results/compiled_gpu/ as they come; a run that was
-cut off goes on where it was, and rows of other commits go.
+It compiles `mosaic_gpu` in the first dtype and head dimension for `tokens`, forward and
+with the backward pass; with it alone in the others for `few_tokens`, and for few
+iterations at the first of those. For `xla_tokens` it compiles the other implementations
+and the softmax attention of XLA as well, for their memory, and for `sizes` the kernels
+for many small matrices. It keeps what the compilers say: registers, spills, shared
+memory, instructions and remarks of each kernel, and the temporary memory of each
+executable. It counts the work of traced kernels too, for a roofline time, which is an
+ESTIMATE: nothing runs.
+
+Rows go to benchmarks/results/compiled_gpu/ as they come; a run that was cut off goes on
+where it was, and rows of other commits go.
 """
 
 import dataclasses
@@ -31,7 +34,7 @@ from sinkhorn_jax import sinkhorn, sinkhorn_attention
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention import _mosaic_gpu_blocks as _blocks
 
-from . import _command, _compiled_gpu, _cuda, _machine, _program, _programs
+from . import _command, _compiled_gpu, _cuda, _machine, _program, _programs, _work
 from ._cases import Case
 from ._compiled_gpu import OURS, SMALL
 
@@ -48,7 +51,7 @@ class Config:
 
     cuda: Path = Path(".venv/cuda")  # What pip install --target was given.
     tokens: tuple[int, ...] = (64, 128, 192, 256, 512, 1024, 2048, 4096)
-    few_tokens: tuple[int, ...] = (128, 256, 1024)
+    few_tokens: tuple[int, ...] = (256, 1024)
     xla_tokens: tuple[int, ...] = (256, 1024, 4096)
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     head_dims: tuple[int, ...] = (64, 32, 128)
@@ -88,8 +91,7 @@ def run(config: Config) -> list[_compiled_gpu.Row]:
         for row in _compiled_gpu.read(config.output)
         if row.commit == facts["commit"]
     }
-    todo = [(*what, mode) for what in programs(config) for mode in _program.MODES]
-    for program, case, mode in tqdm.tqdm(todo):
+    for program, case, mode in tqdm.tqdm(programs(config)):
         if _key(program, case, mode) not in rows:
             row = compile_row(compiler, program, case, mode, facts)
             rows[row.key] = row
@@ -98,36 +100,38 @@ def run(config: Config) -> list[_compiled_gpu.Row]:
     return list(rows.values())
 
 
-def programs(config: Config) -> list[tuple[str, Case | Matrices]]:
-    """What is compiled, in either mode."""
+def programs(config: Config) -> list[tuple[str, Case | Matrices, _program.Mode]]:
+    """What is compiled."""
     case = functools.partial(Case, config.heads)
-    most = config.dtypes[0], config.head_dims[0]
-    dims = [(dtype, dim) for dtype in config.dtypes for dim in config.head_dims]
-    attention = [
-        case(tokens, head_dim, dtype, config.num_iters)
-        for dtype, head_dim in dims
-        for tokens in (
-            config.tokens if (dtype, head_dim) == most else config.few_tokens
-        )
+    dims = [(dtype, dim) for dim in config.head_dims for dtype in config.dtypes]
+    dtype, head_dim = most = config.dtypes[0], config.head_dims[0]
+    in_both = [
+        (OURS, case(tokens, head_dim, dtype, config.num_iters))
+        for tokens in config.tokens
     ]
-    attention += [
-        case(tokens, most[1], most[0], num_iters)
-        for tokens in config.few_tokens[:1]
-        for num_iters in config.few_iters
-    ]
-    softmax = [
-        (name, case(tokens, most[1], most[0], config.num_iters))
+    in_both += [
+        (name, case(tokens, head_dim, dtype, config.num_iters))
         for tokens in config.xla_tokens
         for name in XLA
     ]
-    small = [
-        Matrices(config.num_matrices, size, 0, "float32", config.matrix_iters)
+    in_both += [
+        (SMALL, Matrices(config.num_matrices, size, 0, "float32", config.matrix_iters))
         for size in config.sizes
     ]
+    others = [
+        case(tokens, head_dim, dtype, config.num_iters)
+        for dtype, head_dim in dims
+        if (dtype, head_dim) != most
+        for tokens in config.few_tokens
+    ]
+    others += [
+        case(tokens, head_dim, dtype, num_iters)
+        for tokens in config.few_tokens[:1]
+        for num_iters in config.few_iters
+    ]
     return [
-        *((OURS, x) for x in attention),
-        *softmax,
-        *((SMALL, x) for x in small),
+        *((*what, mode) for what in in_both for mode in _program.MODES),
+        *((OURS, x, _program.MODES[-1]) for x in others),
     ]
 
 
@@ -157,6 +161,7 @@ def compile_row(
         mode=mode,
         **dataclasses.asdict(case),
         kernels=kernels,
+        work=work_of(case, mode) if program == OURS else (),
         blocks=blocks_of(case) if program == OURS else None,
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
@@ -183,6 +188,32 @@ def blocks_of(case: Case) -> _compiled_gpu.Blocks:
         period=blocks.period,
         forward_bytes=forward,
         backward_bytes=backward,
+    )
+
+
+def work_of(case: Case, mode: _program.Mode) -> tuple[_compiled_gpu.Work, ...]:
+    """Of each pass that `mode` has, for all heads, which do the same."""
+    one = dataclasses.replace(case, heads=1)
+    arrays = [jax.ShapeDtypeStruct(one.shape_btnh, case.dtype)] * 4
+
+    def count(mode):
+        fn = _program.in_mode(_attention(OURS, case), mode)
+        return [x for x in _work.count_gpu(fn, *arrays) if x.times]
+
+    forward = count("forward")
+    passes = {"forward": forward}
+    if mode == "forward_backward":
+        passes["backward"] = count(mode)[len(forward) :]
+    return tuple(
+        _compiled_gpu.Work(
+            direction=direction,
+            launches=sum(x.times for x in works),
+            **{
+                field: case.heads * sum(x.times * getattr(x, field) for x in works)
+                for field in ("flops", "exps", "vector")
+            },
+        )
+        for direction, works in passes.items()
     )
 
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks import _compiled_gpu, _cuda, _hopper, _program, compile_gpu
+from benchmarks import _compiled_gpu, _cuda, _hopper, compile_gpu
 from benchmarks._cases import Case
 
 ROWS = _compiled_gpu.read()
@@ -148,12 +149,9 @@ def test_blocks_at_once(registers, threads, shared, expected):
     assert _hopper.blocks_at_once(registers, threads, shared) == expected
 
 
-def test_all_programs_were_compiled_in_either_mode():
-    assert {row.key for row in ROWS} == {
-        compile_gpu._key(program, case, mode)
-        for program, case in compile_gpu.programs(compile_gpu.Config())
-        for mode in _program.MODES
-    }
+def test_all_programs_were_compiled():
+    programs = compile_gpu.programs(compile_gpu.Config())
+    assert {row.key for row in ROWS} == {compile_gpu._key(*x) for x in programs}
 
 
 def test_rows_are_of_one_clean_commit():
@@ -211,6 +209,28 @@ def test_blocks_are_still_those_of_the_table():
     for row in ATTENTION:
         case = Case(row.heads, row.tokens, row.head_dim, row.dtype, row.num_iters)
         assert compile_gpu.blocks_of(case) == row.blocks, row.key
+
+
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_work_is_still_that_of_the_table(tokens):
+    (row,) = [
+        row
+        for row in ATTENTION
+        if row.mode == "forward_backward"
+        and (row.tokens, row.dtype, row.head_dim) == (tokens, "bfloat16", 64)
+    ]
+    case = Case(row.heads, row.tokens, row.head_dim, row.dtype, row.num_iters)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert compile_gpu.work_of(case, row.mode) == row.work
+
+
+def test_the_estimate_is_the_slowest_part():
+    work = _compiled_gpu.Work(
+        direction="forward", launches=1, flops=989e12, exps=4.1875e12, vector=67e12
+    )
+    assert work.parts == pytest.approx(
+        {"tensor cores": 1, "exponentials": 1, "vector operations": 2}
+    )
 
 
 def test_temporary_memory_is_linear_in_the_tokens():

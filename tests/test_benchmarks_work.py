@@ -162,20 +162,29 @@ def test_gpu_kernels_make_entries_so_often(tokens, num_iters):
         sinkhorn_attention, num_iters=num_iters, implementation="mosaic_gpu"
     )
     step = _program.in_mode(attend, "forward_backward")
-    found = {}
-    for name, exps in _work.count_gpu_exps(step, *[array] * 4):
-        found.setdefault(name.removeprefix("sinkhorn_attention_"), []).append(exps)
-    found = {name: [x / tokens**2 for x in exps] for name, exps in found.items()}
+    found, launches, products = {}, {}, {}
+    for work in _work.count_gpu(step, *[array] * 4):
+        name = work.name.removeprefix("sinkhorn_attention_")
+        found.setdefault(name, []).append(work.exps / tokens**2)
+        launches.setdefault(name, []).append(work.times)
+        flops = work.flops / (2 * tokens**2 * HEAD_DIM)
+        products.setdefault(name, []).append(flops)
     # Once for a group of iterations, and in the last pass for row step 0.
     groups = {0: 0, 1: 1, 10: 2}[num_iters]
     if num_iters and tokens <= 256:
         assert found["resident_reverse"] == [groups]
         assert found["resident_pull_back"] == [groups + 1]
+        # Logits and the plan's cotangent, then dq, dk and dv.
+        assert products["resident_pull_back"] == [5]
         assert not {"seed", "sweep", "pull_back"} & found.keys()
         return
     # For dq, and again for dk and dv.
     assert found["pull_back"] == [groups + 1] * 2
+    assert products["pull_back"] == [3, 4]
     if num_iters:
         assert found["seed"] == [1]
         is_held = tokens <= 768
         assert set(found["sweep"]) == {1 if is_held else 2}
+        # Forward, where another kernel makes the first column step, and backward.
+        expected = [num_iters - 1, num_iters]
+        assert [x for x in launches["sweep"] if x] == [x for x in expected if x]
