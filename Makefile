@@ -10,10 +10,10 @@
 # `gpu-blocks`, `gpu-matrices`; `make -k gpu` goes on where one fails. Without a GPU each
 # is an error. .venv gets jax[cuda13] for it, or another with CUDA=cuda12. Where nothing
 # can be installed, BIN=/folder/of/its/python takes an environment that is there and has
-# jax, jaxtyping, numpy, matplotlib, tqdm, chex, pytest and pytest-xdist; what else is
-# missing is skipped with a reason. In little time: TESTS=tests/test_mosaic_gpu.py, and
-# the cases by OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark`
-# and `gpu-blocks`, OPTIONS="--sizes 4" in `gpu-matrices`.
+# jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex, pytest and pytest-xdist; what else
+# is missing is skipped with a reason. In little time: TESTS=tests/test_mosaic_gpu.py in
+# `gpu-test`, OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark` and
+# `gpu-blocks`, OPTIONS="--sizes 4" in `gpu-matrices`.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +29,8 @@ ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/pytho
 
 .PHONY: demo report test test-all benchmark compile-table clean
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices
+# What shares a device must not run at once.
+.NOTPARALLEL:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments rank_decay
@@ -53,12 +55,7 @@ benchmark: $(PEERS)
 compile-table: $(INSTALLED) $(LIBTPU)
 	$(BIN)/python -m benchmarks.compile_tpu --libtpu $(LIBTPU)
 
-# One after another, also under `make -j`: they share the device.
-gpu:
-	$(MAKE) gpu-test
-	$(MAKE) gpu-benchmark
-	$(MAKE) gpu-blocks
-	$(MAKE) gpu-matrices
+gpu: gpu-test gpu-benchmark gpu-blocks gpu-matrices
 
 # The warnings of other versions of JAX and NumPy are no failures there, and it is fully
 # optimised code that is to be right.

@@ -53,11 +53,12 @@ and is not rounding.
 What it does not show. Standard normal inputs give logits of standard deviation 1, and
 the linear domain suffices; a head that has to leave it costs about what `reference`
 does. There is no mask, bias, dropout or grouped head, one device, and nothing around
-the attention. Times on a machine with other work are noisy, and those of PyTorch, whose
-threads wait for each other in every operation, several times too long: compare ratios
-of one run, and not where the interquartile range is of the size of the difference.
-Sinkhorn multiplies matrices at highest precision; softmax does what JAX does by
-default, which on a GPU or TPU may be less (`matmul_precision`).
+the attention. A time has the start of the call from Python in it, which on a GPU may be
+most of the shortest ones. Times on a machine with other work are noisy, and those of
+PyTorch, whose threads wait for each other in every operation, several times too long:
+compare ratios of one run, and not where the interquartile range is of the size of the
+difference. Sinkhorn multiplies matrices at highest precision; softmax does what JAX
+does by default, which on a GPU or TPU may be less (`matmul_precision`).
 """
 
 import dataclasses

@@ -93,6 +93,35 @@ def in_mode(attend: Callable[..., jax.Array], mode: Mode) -> Callable[..., Any]:
     return {"forward": forward, "forward_backward": forward_backward}[mode]
 
 
+def repeated(
+    fn: Callable[..., Any], following: Callable[..., tuple[Any, ...]], calls: int
+) -> Callable[..., tuple[Any, ...]]:
+    """A program of several calls, of whose time the start from Python is little.
+
+    Args:
+        fn: What is called.
+        following: From the result and the arguments of a call, those of the next one.
+        calls: How many, one after another.
+
+    Returns:
+        A function of the arguments of the first call. Its first result is that of the
+        first call, any other what keeps the compiler from leaving the others out.
+    """
+
+    def program(*args):
+        first = fn(*args)
+        if calls == 1:
+            return (first,)
+
+        def call(_, args):
+            return following(fn(*args), *args)
+
+        rest = jax.lax.fori_loop(1, calls, call, following(first, *args))
+        return first, rest
+
+    return program
+
+
 def compile_within_limits(
     fn: Callable[..., Any], *shapes: jax.ShapeDtypeStruct
 ) -> tuple[jax.stages.Compiled, float]:

@@ -203,16 +203,11 @@ def _build(config, name, mode, logits):
     if reason is not None:
         raise NotImplementedError(reason)
 
-    def program(logits):
-        first = step(logits, config.num_iters, name, mode)
-        if config.calls == 1:
-            return (first,)
-
-        def again(_, x):
-            return step(x, config.num_iters, name, mode)
-
-        return first, jax.lax.fori_loop(1, config.calls, again, first)
-
+    program = _program.repeated(
+        lambda x: step(x, config.num_iters, name, mode),
+        lambda result, _: (result,),
+        config.calls,
+    )
     shape = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     return _program.compile_within_limits(program, shape)
 

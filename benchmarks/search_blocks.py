@@ -5,9 +5,10 @@
 
 For each case of the sweep `gpu` of `python -m benchmarks` and either mode, the blocks
 that shared memory has room for take turns, as programs do there: what can differ is in
-`CHOICES`. Each result is held against that of `streaming` on the same numbers in
-float32. Blocks that do not compile or run, or are further from it than `RTOL`, are
-refused, with the reason.
+`CHOICES`. A program makes `calls` calls, each on what the one before gave, so that a
+time is what the device takes and not the start from Python. Each result is held against
+that of `streaming` on the same numbers in float32. Blocks that do not compile or run,
+or are further from it than `RTOL`, are refused, with the reason.
 
 The fastest is appended as one line to benchmarks/results/<device>/blocks/: the blocks,
 their times, those of all others, what was refused, device, versions and commit. What
@@ -71,7 +72,8 @@ class Config:
 
     cases: tuple[str, ...] = ()  # Heads x tokens of the sweep `gpu`; none is all.
     dtypes: tuple[str, ...] = ()  # Likewise.
-    repeats: int = 5  # Timed calls of each, at least.
+    calls: int = 10  # In a program, one after another.
+    repeats: int = 5  # Timed calls of each program, at least.
     budget_s: float = 2.0  # More calls until so many seconds a case and mode.
     output: Path | None = None  # Lines are appended here; None is the device's folder.
 
@@ -84,8 +86,9 @@ class Config:
                 raise ValueError(
                     f"Unknown {name} {unknown}; expected some of {expected}."
                 )
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}.")
+        for name in ("calls", "repeats"):
+            if (count := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -104,7 +107,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     rows = []
     for case in _cases.select(["gpu"], config.cases, config.dtypes):
         for mode in MODES:
-            row = search(case, mode, config.repeats, config.budget_s) | facts
+            row = search(case, mode, config) | facts
             print(sentence(row), flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)
             with output.open("a", encoding="utf-8") as file:
@@ -154,7 +157,7 @@ def attend(
     return _mosaic_gpu.attend_in(problem, blocks, operands)[0]
 
 
-def search(case: Case, mode: Mode, repeats: int, budget_s: float) -> dict[str, Any]:
+def search(case: Case, mode: Mode, config: Config) -> dict[str, Any]:
     """What a line says, but for the facts of the machine."""
     problem, inputs = _programs.problem(case), _cases.inputs(case)
     by_name = {describe(blocks): blocks for blocks in candidates(problem)}
@@ -166,9 +169,9 @@ def search(case: Case, mode: Mode, repeats: int, budget_s: float) -> dict[str, A
     for name, blocks in by_name.items():
         # A compiler and a device may refuse in any way, and the others go on.
         try:
-            call = _build(problem, blocks, case, mode)
+            call = _build(problem, blocks, case, mode, config.calls)
             call = functools.partial(call, *inputs)
-            errors[name] = _error(call(), expected)
+            errors[name] = _error(call()[0], expected)
         except Exception as error:
             lines = str(error).splitlines() or [""]
             refused[name] = f"{type(error).__name__}: {lines[0]}"
@@ -181,9 +184,10 @@ def search(case: Case, mode: Mode, repeats: int, budget_s: float) -> dict[str, A
         print(f"Refused {name}, {case} {mode}: {reason}", flush=True)
     if not calls:
         raise RuntimeError(f"No blocks are right for {case} {mode}: {refused}")
-    times = _turns.time_in_turns(
-        calls, repeats, budget_s, default, lambda name, result: None
+    of_programs = _turns.time_in_turns(
+        calls, config.repeats, config.budget_s, default, lambda name, result: None
     ).by_name
+    times = {name: np.divide(x, config.calls) for name, x in of_programs.items()}
     medians = {name: float(np.median(x)) for name, x in times.items()}
     if not medians:
         raise RuntimeError(f"No blocks had enough memory for {case} {mode}.")
@@ -194,6 +198,7 @@ def search(case: Case, mode: Mode, repeats: int, budget_s: float) -> dict[str, A
         "shape_btnh": case.shape_btnh,
         "dtype": case.dtype,
         "num_iters": case.num_iters,
+        "calls": config.calls,
         "blocks": dataclasses.asdict(by_name[best]),
         "is_default": best == default,
         "median_ms": medians[best],
@@ -226,9 +231,17 @@ def sentence(row: Mapping[str, Any]) -> str:
     )
 
 
-def _build(problem, blocks, case, mode):
-    """The compiled program, which returns when its result is there."""
+def _build(problem, blocks, case, mode, calls):
+    """The compiled program, which returns when its results are there."""
+
+    def following(result, query, key, value, cotangent):
+        if mode == "forward":
+            return result[0], key, value, cotangent
+        out, grads = result
+        return *grads, out
+
     fn = _program.in_mode(functools.partial(attend, problem, blocks), mode)
+    fn = _program.repeated(fn, following, calls)
     shapes = [jax.ShapeDtypeStruct(case.shape_btnh, case.dtype)] * 4
     executable, _ = _program.compile_within_limits(fn, *shapes)
     return lambda *args: jax.block_until_ready(executable(*args))

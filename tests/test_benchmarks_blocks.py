@@ -17,6 +17,7 @@ from benchmarks import _cases, _machine, _programs, _turns, search_blocks
 from benchmarks._program import MODES
 from sinkhorn_jax.attention._mosaic_gpu_blocks import Blocks, default_blocks
 
+ONCE = search_blocks.Config(calls=1, repeats=1, budget_s=0)
 CASE = _cases.Case(1, 64, head_dim=8, dtype="bfloat16", num_iters=2)
 
 
@@ -84,14 +85,14 @@ class Device:
         )
         monkeypatch.setattr(_turns, "time_in_turns", self.time_in_turns)
 
-    def build(self, problem, blocks, case, mode):
+    def build(self, problem, blocks, case, mode, calls):
         change = next(
             (how for text, how in self.broken.items() if text in str(blocks)), None
         )
 
         def call(*inputs):
             result = expected(case, mode)
-            return result if change is None else change(result)
+            return (result if change is None else change(result),)
 
         return call
 
@@ -102,10 +103,17 @@ class Device:
         return _turns.Times(times, {})
 
 
+def test_a_time_is_that_of_one_call(device):
+    device.ms = {"is_held": 30.0}
+    row = search_blocks.search(CASE, "forward", search_blocks.Config(calls=10))
+    assert (row["calls"], row["median_ms"]) == (10, 3.0)
+    assert set(row["all_median_ms"].values()) == {3.0}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_fastest_that_is_right_is_found(device, mode):
     device.ms = {"is_held=True": 3.0, "is_held=False": 2.0}
-    row = search_blocks.search(CASE, mode, 1, 0.0)
+    row = search_blocks.search(CASE, mode, ONCE)
     assert row["blocks"]["is_held"] is False
     assert row["is_default"] is False
     assert row["median_ms"] == 2.0
@@ -131,7 +139,7 @@ def refuse(result):
 def test_what_is_wrong_is_refused_however_fast(device, capsys, how, reason):
     device.ms = {"is_held=True": 3.0, "is_held=False": 2.0}
     device.broken = {"is_held=False": how}
-    row = search_blocks.search(CASE, "forward_backward", 1, 0.0)
+    row = search_blocks.search(CASE, "forward_backward", ONCE)
     assert row["blocks"]["is_held"] is True
     assert len(row["refused"]) == 1
     for name, text in row["refused"].items():
@@ -143,14 +151,14 @@ def test_what_is_wrong_is_refused_however_fast(device, capsys, how, reason):
 def test_without_right_blocks_there_is_no_line(device):
     device.broken = {"is_held": refuse}
     with pytest.raises(RuntimeError, match=r"No blocks are right for 1x64 .*no room"):
-        search_blocks.search(CASE, "forward", 1, 0.0)
+        search_blocks.search(CASE, "forward", ONCE)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="They compile there.")
 def test_what_does_not_compile_is_refused():
     """Here that is everything."""
     with pytest.raises(RuntimeError, match="No blocks are right") as error:
-        search_blocks.search(CASE, "forward", 1, 0.0)
+        search_blocks.search(CASE, "forward", ONCE)
     assert str(error.value).count("ValueError: ") == 4
 
 
@@ -162,7 +170,8 @@ def test_a_search_in_the_interpreter(monkeypatch, mode):
     monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     jax.clear_caches()
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
-        row = search_blocks.search(CASE, mode, 1, 0.0)
+        config = dataclasses.replace(ONCE, calls=2)
+        row = search_blocks.search(CASE, mode, config)
     assert row["refused"] == {}
     assert row["median_ms"] == min(row["all_median_ms"].values()) > 0
     assert len(row["all_median_ms"]) == 4
@@ -198,6 +207,7 @@ def test_without_a_gpu_it_is_refused(tmp_path):
     [
         ({"cases": ("1x1",)}, r"Unknown cases \['1x1'\]; expected some of \['128x128'"),
         ({"dtypes": ("float32",)}, r"Unknown dtypes .* \['bfloat16', 'float16'\]"),
+        ({"calls": 0}, "calls must be at least 1, got 0"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
     ],
 )

@@ -223,6 +223,19 @@ def test_default_is_what_the_selection_takes(monkeypatch):
         assert [IMPLEMENTATIONS[x].run for x in defaults] == [run]
 
 
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_a_program_of_several_calls(calls):
+    """Its first result is checked; the others depend on one another."""
+    program = _program.repeated(
+        lambda x, y: x * y, lambda result, x, y: (result, y + 1), calls
+    )
+    first, *rest = jax.jit(program)(np.float64(2), np.float64(3))
+    assert first == 6
+    # 6 = 2 * 3, then 6 * 4 and so on, with what a next call would be given.
+    given = [(6 * math.prod(range(4, 3 + calls)), 3 + calls)] if calls > 1 else []
+    assert [tuple(map(float, x)) for x in rest] == given
+
+
 def test_memory_of_a_head_is_that_of_its_arrays():
     case = _cases.Case(3, 128, head_dim=16)
     program = _program.compiled(
