@@ -417,8 +417,8 @@ def test_a_head_in_bfloat16_is_as_exact_as_the_softmax(on_device, deviation):
     softmax, ours = errors(0), errors(10)
     ratios = [x / y for x, y in zip(ours, softmax, strict=True)]
     assert max(ratios) < 1.25, (ratios, ours, softmax)
-    # Those of queries and keys would be a third larger at a deviation of 8, but for what
-    # the seeds add to the cotangent of f_L.
+    # Those of queries and keys would be a third larger at a deviation of 8, were it not
+    # for what the seeds add to the cotangent of f_L.
     assert max(ratios[1:3]) < 1.05, (ratios, ours, softmax)
 
 

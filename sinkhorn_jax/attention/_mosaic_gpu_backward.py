@@ -1,10 +1,16 @@
 """Backward GPU kernels of Sinkhorn attention: the exact gradient, in closed form.
 
-A pass over the plan of the result seeds the cotangent of g_L; one pass for each k from
-L - 1 down to 0 undoes column step k + 1 and row step k, with one exponential an entry,
-because they have f_k in common. The last pass takes off the cotangent of the logits
-what all steps add to it, for dq, and once more for dk and dv, which are sums over the
-other side of a tile. Steps share kernel matrices there (`_mosaic_gpu_correction`).
+A pass over the plan of the result seeds the cotangents of f_L and g_L; one pass for
+each k from L - 1 down to 0 undoes column step k + 1 and row step k, with one
+exponential an entry, because they have f_k in common. The last pass takes off the
+cotangent of the logits what all steps add to it, for dq, and once more for dk and dv,
+which are sums over the other side of a tile. Steps share kernel matrices there
+(`_mosaic_gpu_correction`). Heads that shared memory holds have other passes
+(`_mosaic_gpu_resident_backward`, `_mosaic_gpu_resident_pull_back`).
+
+The output is of a plan that was rounded for the tensor cores, and so is df = rowsum(dO
+* O). A row of the cotangent of the logits would not sum to 0 then. What the seeds find
+left in the rows is added to df.
 """
 
 import jax
@@ -49,7 +55,6 @@ def backward(
 ) -> tuple[Float[Array, "BN T H"], Float[Array, "BN S H"], Float[Array, "BN S D"]]:
     """Cotangents of query, key and value in float32, of each query head by itself."""
     query, key, value, *_ = operands
-    # Of a rounded plan, as `out` is: the seeds add what is left in the rows.
     df = (dout.astype(jnp.float32) * out).sum(axis=2)
     if blocks.period:
         cotangents = reverse(problem, blocks, operands, history, dout, df)
