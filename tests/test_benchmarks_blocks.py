@@ -250,4 +250,6 @@ def test_the_kernels_are_cut_as_the_blocks_say():
 def test_all_blocks_lower_for_cuda(tokens, dtype):
     problem = _programs.problem(_cases.Case(4, tokens, dtype=dtype))
     for blocks in search_blocks.candidates(problem):
-        assert "sinkhorn_attention_pull_back" in lowered(problem, blocks), blocks
+        names = re.findall("sinkhorn_attention_([a-z_]+)", lowered(problem, blocks))
+        assert ("resident" in names) == (blocks.period > 0), blocks
+        assert any("pull_back" in name for name in names), blocks

@@ -397,6 +397,7 @@ def test_more_kernels_agree_with_float64(
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("deviation", [1.0, 4.0, 8.0])
 def test_a_head_in_bfloat16_is_as_exact_as_the_softmax(on_device, deviation):
     """In the root mean square, output and gradients; a quarter more at most."""
