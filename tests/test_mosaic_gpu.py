@@ -196,7 +196,8 @@ def apply(problem, blocks, query, key_t, value, f, g):
 def seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
     def of_head(query, key_t, dout, value_t, f, g, df):
         plan = strips.kernel_of(query @ key_t, f, g, problem.scale)
-        return (plan * (dout @ value_t - df[:, None])).sum(axis=0)
+        moved = plan * (dout @ value_t - df[:, None])
+        return moved.sum(axis=1), moved.sum(axis=0)
 
     key_t, value_t = as_heads(key_t, len(f)), as_heads(value_t, len(f))
     return jax.vmap(of_head)(query, key_t, dout, value_t, f, g, df)
@@ -398,9 +399,9 @@ def test_more_kernels_agree_with_float64(
 
 @pytest.mark.slow
 @pytest.mark.on_device
-@pytest.mark.parametrize("deviation", [1.0, 4.0])
-def test_a_head_in_bfloat16_is_about_as_exact_as_the_softmax(on_device, deviation):
-    """Relative to the largest entry, at most twice its error; of gradients thrice."""
+@pytest.mark.parametrize("deviation", [1.0, 4.0, 8.0])
+def test_a_head_in_bfloat16_is_as_exact_as_the_softmax(on_device, deviation):
+    """In the root mean square, output and gradients; a quarter more at most."""
     *logits, value, cotangent = operands(256, 256, "bfloat16", n=1, h=64, d=64)
     query, key = (x * jnp.asarray(deviation**0.5, "bfloat16") for x in logits)
     arrays = query, key, value, cotangent
@@ -409,15 +410,18 @@ def test_a_head_in_bfloat16_is_about_as_exact_as_the_softmax(on_device, deviatio
     def errors(num_iters):
         out, _, grads = on_device(step(num_iters=num_iters), *arrays)
         expected = step("reference", num_iters=num_iters)(*exact(arrays))
+        pairs = zip((out, *grads), (expected[0], *expected[2]), strict=True)
         return [
-            abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
-            for x, y in zip((out, *grads), (expected[0], *expected[2]), strict=True)
+            np.linalg.norm(x.astype("float64") - np.asarray(y)) / np.linalg.norm(y)
+            for x, y in pairs
         ]
 
     softmax, ours = errors(0), errors(10)
-    assert all(
-        x <= most * y for most, x, y in zip((2, 3, 3, 3), ours, softmax, strict=True)
-    ), (ours, softmax)
+    ratios = [x / y for x, y in zip(ours, softmax, strict=True)]
+    assert max(ratios) < 1.25, (ratios, ours, softmax)
+    # Those of queries and keys would be a third larger at a deviation of 8, were it not
+    # for what the seeds add to the cotangent of f_L.
+    assert max(ratios[1:3]) < 1.05, (ratios, ours, softmax)
 
 
 def hardest_logits(n):
@@ -795,10 +799,12 @@ def test_a_resident_reverse_sweep_of_hostile_logits(on_device):
     key = padded(np.swapaxes(logits, 1, 2), 2)
     arrays = gpu_forward.Operands(eye, key, value, valid, valid)
     blocks = default_blocks(hostile)
+    # Of a plan that was rounded: the sweep finds the rest itself.
+    df = padded(dfs[-1] + rng.normal(size=dfs[-1].shape) / 64)
     with jax.default_matmul_precision("highest"):
         got = on_device(
             functools.partial(gpu_reverse.reverse, hostile, blocks),
-            *(arrays, gpu_forward.History(fs, gs), dout, padded(dfs[-1])),
+            *(arrays, gpu_forward.History(fs, gs), dout, df),
         )
     for name, x, expected in (("f", got.f, dfs), ("g", got.g, dgs)):
         assert (x[:, :, n:] == 0).all()

@@ -1,8 +1,8 @@
 """The reverse sweep in one launch, with a head's kernel matrix in shared memory.
 
 A block of threads has a head. It makes E = exp(Z + f_c + g_c) of an iteration c once
-for a group of iterations, the first time together with the seed, which are the column
-sums of E * (dO V^T - df_L). From the cotangent of g_{k+1} it then finds
+for a group of iterations, the first time together with the seeds, which are sums of
+rows and columns of E * (dO V^T - df_L). From the cotangent of g_{k+1} it then finds
 
     x = E (v' dg_{k+1} / b)      df_k = -u x      dg_k = v * E^T (u * u x)
 
@@ -34,6 +34,7 @@ from ._mosaic_gpu_strips import (
     shared_head,
     span,
     vector,
+    zeros,
 )
 from ._problem import Problem
 
@@ -46,7 +47,11 @@ def reverse(
     dout: Float[Array, "BN T D"],
     df: Float[Array, "BN T"],
 ) -> Cotangents:
-    """Cotangents of all potentials, from that of the output and of f_L."""
+    """Cotangents of all potentials, from that of the output.
+
+    `df` is that of f_L, as the output has it; what the rounded plan of it left out is
+    added from the plan itself.
+    """
     query, key, value, *_ = operands
     heads, tile, h, d = len(df), blocks.tile, query.shape[2], dout.shape[2]
     kv_groups = heads // key.shape[0]
@@ -60,7 +65,7 @@ def reverse(
     def body(*refs: Ref):
         # query [BN, T, H], key [BK, H, S], dout [BN, T, D], value [BK, D, S], df [BN,
         # T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u [L,
-        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [L, BN, T], dgs
+        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T], dgs
         # [L, BN, S]. Shared: kernel; query [tile, H], key [slots, H, tile], dout [tile,
         # D], value [slots, D, tile]; df, f, left [T / tile, tile], g, dg, right [S /
         # tile, tile], u [2, T / tile, tile], next_v, v [2, S / tile, tile].
@@ -115,23 +120,30 @@ def reverse(
                 value = value_ref.at[shared_head(n, kv_groups), :, span(j, tile)]
                 return key_copies(j), (value, v_tile)
 
-            def step(j, slot, nothing):
+            df = of_rows(df_tile, i)
+
+            def step(j, slot, rest):
                 plan = put_kernel(i, j, slot)
                 dplan = product(do_tile, v_tile.at[slot])
-                more = plan * (dplan - along_rows(of_rows(df_tile, i), plan))
+                more = plan * (dplan - along_rows(df, plan))
                 total = of_cols(dg_tile, j) + more.sum(axis=0)
                 # All have read before one writes: several threads share a column.
                 plgpu.commit_smem()
                 dg_tile[j] = total
-                return nothing
+                return rest + more.sum(axis=1)
 
-            over_tiles(num_cols, num_slots, seeds, copies, step, jnp.int32(0))
+            rest = over_tiles(num_cols, num_slots, seeds, copies, step, zeros(tile))
+            left_tile[i] = rest
+            dfs_ref[num_iters, n, rows] = df + rest
 
         def start_seed(j):
             dg_tile[j] = zeros_of_cols(tile)
 
         def end_seed(j):
-            dgs_ref[num_iters - 1, n, span(j, tile)] = of_cols(dg_tile, j)
+            dg = of_cols(dg_tile, j) - held.col_sums(j, left_tile)
+            plgpu.commit_smem()  # As above.
+            dg_tile[j] = dg
+            dgs_ref[num_iters - 1, n, span(j, tile)] = dg
 
         def factors_of(step):
             k = jnp.int32(num_iters - 1) - step
@@ -181,6 +193,7 @@ def reverse(
         do_each(num_rows, make_and_seed)
         plgpu.commit_smem()
         do_each(num_cols, end_seed)
+        plgpu.commit_smem()
         over_tiles(num_iters, 2, steps, factors_of, undo, jnp.int32(0))
 
     def vectors(*shape):
@@ -190,7 +203,10 @@ def reverse(
         body,
         "sinkhorn_attention_resident_reverse",
         heads,
-        [vector(num_iters, heads, blocks.rows), vector(num_iters, heads, blocks.cols)],
+        [
+            vector(num_iters + 1, heads, blocks.rows),
+            vector(num_iters, heads, blocks.cols),
+        ],
         [
             matrix(blocks),
             operand(tile, h, dtype=problem.dtype),
@@ -215,7 +231,7 @@ def reverse(
         jnp.swapaxes(value, 1, 2),
         *(in_tiles(x, tile) for x in (df, *bases, *factors)),
     )
-    return Cotangents(jnp.concatenate([dfs, df[None]]), dgs / operands.share[None])
+    return Cotangents(dfs, dgs / operands.share[None])
 
 
 def _factors(problem, operands, history):
