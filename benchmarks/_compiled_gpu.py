@@ -40,8 +40,9 @@ MEMORY_METHOD: Final = (
     "backward: inputs and results are not in it, potentials that the backward pass "
     "reads are. The last column is that of `mosaic_gpu`, forward and backward, in "
     "bytes for each of N (T + S) (H + L) numbers of N heads: where it stays about the "
-    "same, temporary memory is linear in T + S. `scaling`, `streaming`, `reference` and `softmax` (`jax.nn.dot_product_attention`, as XLA compiles it) "
-    "are of the same target, shape and dtype."
+    "same, temporary memory is linear in T + S. `scaling`, `streaming`, `reference` "
+    "and `softmax` (`jax.nn.dot_product_attention`, as XLA compiles it) are of the "
+    "same target, shape and dtype."
 )
 
 # An entry, of flash attention: in its forward kernel, and in those for dq and for dk
@@ -49,9 +50,9 @@ MEMORY_METHOD: Final = (
 SOFTMAX_EXPS: Final = {"forward": 1, "backward": 2}
 WORK_METHOD: Final = (
     "Counted in the traced kernels, over their loops and launches, for an entry of the "
-    "logits: matrix *products*, in units of 2 H flops; *exps*, beside those of flash "
-    "attention, one forward and two backward; *vector operations*, which the compiler "
-    "may fuse in pairs. *estimate* is a **roofline, not a measurement; nothing ran**: "
+    "logits: matrix *products*, in units of 2 H flops, where H below 64 is padded; "
+    "*exps*, beside those of flash attention, one forward and two backward; *vector "
+    "operations*, which the compiler may fuse in pairs. *estimate* is a **roofline, not a measurement; nothing ran**: "
     "the largest of the three over an H100 SXM's peaks, as if they overlapped without "
     "loss and all multiprocessors had work; memory, launches and what is outside of "
     "the kernels are left out. *x softmax's exps* is that over the time of softmax's "

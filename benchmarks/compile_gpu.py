@@ -8,13 +8,13 @@ error where there are none says how to get them. It is kept apart because JAX lo
 a GPU at every start where it can import the plugin.
 
 It compiles `mosaic_gpu` in the first dtype and head dimension for `tokens`, forward and
-with the backward pass; with it alone in the others for `few_tokens`, and for few
-iterations at the first of those. For `xla_tokens` it compiles the other implementations
-and the softmax attention of XLA as well, for their memory, and for `sizes` the kernels
-for many small matrices. It keeps what the compilers say: registers, spills, shared
-memory, instructions and remarks of each kernel, and the temporary memory of each
-executable. It counts the work of traced kernels too, for a roofline time, which is an
-ESTIMATE: nothing runs.
+with the backward pass. Other dtypes, other head dimensions and few iterations are
+compiled with it alone, for `few_tokens` and for the first of those. For `xla_tokens` it
+compiles the other implementations and the softmax attention of XLA as well, for their
+memory, and for `sizes` the kernels for many small matrices. It keeps what the compilers
+say: registers, spills, shared memory, instructions and remarks of each kernel, and the
+temporary memory of each executable. It counts the work of traced kernels too, for a
+roofline time, which is an ESTIMATE: nothing runs.
 
 Rows go to benchmarks/results/compiled_gpu/ as they come; a run that was cut off goes on
 where it was, and rows of other commits go.
@@ -103,8 +103,7 @@ def run(config: Config) -> list[_compiled_gpu.Row]:
 def programs(config: Config) -> list[tuple[str, Case | Matrices, _program.Mode]]:
     """What is compiled."""
     case = functools.partial(Case, config.heads)
-    dims = [(dtype, dim) for dim in config.head_dims for dtype in config.dtypes]
-    dtype, head_dim = most = config.dtypes[0], config.head_dims[0]
+    dtype, head_dim = config.dtypes[0], config.head_dims[0]
     in_both = [
         (OURS, case(tokens, head_dim, dtype, config.num_iters))
         for tokens in config.tokens
@@ -119,9 +118,11 @@ def programs(config: Config) -> list[tuple[str, Case | Matrices, _program.Mode]]
         for size in config.sizes
     ]
     others = [
-        case(tokens, head_dim, dtype, config.num_iters)
-        for dtype, head_dim in dims
-        if (dtype, head_dim) != most
+        case(tokens, *other, config.num_iters)
+        for other in (
+            *((other_dim, dtype) for other_dim in config.head_dims[1:]),
+            *((head_dim, other_dtype) for other_dtype in config.dtypes[1:]),
+        )
         for tokens in config.few_tokens
     ]
     others += [
