@@ -31,7 +31,8 @@ KERNELS_METHOD: Final = (
     "KiB of shared memory (1 KiB of it kept back for a block) and 2,048 threads. "
     "Instructions are counted where they stand in the code, not as often as they run: "
     "*all* without padding, *wgmma* of the tensor cores (HGMMA), *exp2* (MUFU.EX2), "
-    "*local* loads and stores (LDL, STL). *remarks* are ptxas's, by code: C7510 says "
+    "*local* loads and stores (LDL, STL); a few more or fewer stand there when it is "
+    "compiled again. *remarks* are ptxas's, by code: C7510 says "
     "that it serialised wgmma, which would cost speed; C7519 that it put in a "
     "warpgroup.arrive of its own, because registers go into a wgmma."
 )
