@@ -607,6 +607,33 @@ def test_more_lower_for_cuda(dtype, t, s, head_dim):
     assert_lowers(dtype, t, s, head_dim, head_dim, is_resident=t * s <= most)
 
 
+# Each had no room to spare by the number of its numbers, and did not lower.
+@pytest.mark.parametrize(
+    ("t", "s", "head_dim", "value_dim"),
+    [
+        (512, 64, 128, 128),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in [
+                (128, 448, 128, 128),
+                (1152, 64, 64, 128),
+                (640, 64, 64, 64),
+                (256, 320, 64, 64),
+                (1024, 64, 64, 128),
+                (1088, 64, 128, 64),
+                (64, 448, 128, 128),
+            ]
+        ),
+    ],
+)
+def test_long_and_narrow_heads_lower_for_cuda(t, s, head_dim, value_dim):
+    shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
+    text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype="bfloat16")
+    dims = {"head_dim": head_dim, "value_dim": value_dim}
+    is_resident = default_blocks(problem(t=t, s=s, **dims)).period > 0
+    assert is_resident == ("sinkhorn_attention_resident" in text)
+
+
 # The table's line.
 
 
