@@ -396,6 +396,20 @@ def test_more_kernels_agree_with_float64(
     )
 
 
+@pytest.mark.on_device
+def test_large_values_leave_the_gradient_in_range(on_device):
+    """Of float16, with a cotangent that makes it representable."""
+    query, key, value, cotangent = operands(6, 6, "float16", n=2, h=64, d=128)
+    query = query * jnp.float16(0.05)
+    sign = jnp.float16(6e4) * (-1.0) ** jnp.arange(6, dtype="float16")
+    value = jnp.broadcast_to(sign[None, :, None, None], value.shape)
+    arrays = query, key, value, jnp.full_like(cotangent, 1e-5)
+    got = on_device(step(num_iters=0), *arrays)
+    expected = step("reference", num_iters=0)(*exact(arrays))
+    # The values cancel in the output, which is not of their size.
+    assert_close((None, got[1], got[2]), (None, *expected[1:]), RTOL["float16"])
+
+
 @pytest.mark.slow
 @pytest.mark.on_device
 @pytest.mark.parametrize("deviation", [1.0, 4.0, 8.0])

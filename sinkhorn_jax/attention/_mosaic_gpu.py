@@ -105,7 +105,12 @@ def _attend_fwd(problem, blocks, rows, cols, query, key, value):
 def _attend_bwd(problem, blocks, residuals, cotangents):
     rows, cols, query, key, value, out, history = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
+    groups = problem.num_heads // problem.num_key_heads
     dout, size = to_unit(dout)
+    # The cotangent of the plan is linear in the values too: float16 must hold it.
+    value, value_size = to_unit(jnp.where(cols[:, :, None, None], value, 0))
+    value_size = jnp.repeat(value_size, groups, axis=2)
+    out = out / value_size.reshape(-1, 1, 1)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
     dq, dk, dv = with_more_matrices(
         functools.partial(_backward, problem, blocks),
@@ -114,14 +119,14 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
         out,
         _split(dout, blocks.rows),
     )
-    dq = _join(problem, dq, problem.t, problem.head_dim) * size
+    dq = _join(problem, dq, problem.t, problem.head_dim) * value_size * size
 
-    def of_key_heads(x, dim):
-        groups = problem.num_heads // problem.num_key_heads
-        x = _join(problem, x, problem.s, dim) * size
+    def of_key_heads(x):
         return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
 
-    dk, dv = of_key_heads(dk, problem.head_dim), of_key_heads(dv, problem.value_dim)
+    dk = _join(problem, dk, problem.s, problem.head_dim) * value_size * size
+    dv = _join(problem, dv, problem.s, problem.value_dim) * size
+    dk, dv = of_key_heads(dk), of_key_heads(dv)
     return None, None, *(x.astype(problem.dtype) for x in (dq, dk, dv))
 
 
