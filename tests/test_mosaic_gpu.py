@@ -289,6 +289,20 @@ def test_passes_agree_with_float64(passes, monkeypatch, options, period):
     assert_close(got, expected, RTOL["float32"])
 
 
+def test_what_lies_in_padding_does_not_matter(passes):
+    query, key, value, cotangent = operands(9, 7, "float32")
+    lengths = {"query_seq_lengths": [5], "key_value_seq_lengths": [4]}
+    solve = jax.jit(passes(**as_arrays(lengths | {"num_iters": 2})))
+    for bad in (jnp.nan, jnp.inf, jnp.finfo("float32").max):
+        dirty = (
+            query.at[:, 5:].set(bad),
+            key.at[:, 4:].set(bad),
+            value.at[:, 4:].set(bad),
+            cotangent.at[:, 5:].set(bad),
+        )
+        chex.assert_trees_all_equal(solve(*dirty), solve(query, key, value, cotangent))
+
+
 def test_passes_of_hostile_logits(passes):
     """Through one-hot queries, whose logits are the keys."""
     n, num_iters = 18, 24
