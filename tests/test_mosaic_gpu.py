@@ -290,6 +290,20 @@ def test_passes_agree_with_float64(passes, monkeypatch, options, period):
     assert_close(got, expected, RTOL["float32"])
 
 
+def test_what_lies_in_padding_does_not_matter(passes):
+    query, key, value, cotangent = operands(9, 7, "float32")
+    lengths = {"query_seq_lengths": [5], "key_value_seq_lengths": [4]}
+    solve = jax.jit(passes(**as_arrays(lengths | {"num_iters": 2})))
+    for bad in (jnp.nan, jnp.inf, jnp.finfo("float32").max):
+        dirty = (
+            query.at[:, 5:].set(bad),
+            key.at[:, 4:].set(bad),
+            value.at[:, 4:].set(bad),
+            cotangent.at[:, 5:].set(bad),
+        )
+        chex.assert_trees_all_equal(solve(*dirty), solve(query, key, value, cotangent))
+
+
 def test_passes_of_hostile_logits(passes):
     """Through one-hot queries, whose logits are the keys."""
     n, num_iters = 18, 24
@@ -395,6 +409,20 @@ def test_more_kernels_agree_with_float64(
     assert_close(
         got, expected, max(RTOL[x] for x in (dtype, *changed.values()) if x in RTOL)
     )
+
+
+@pytest.mark.on_device
+def test_large_values_leave_the_gradient_in_range(on_device):
+    """Of float16, with a cotangent that makes it representable."""
+    query, key, value, cotangent = operands(6, 6, "float16", n=2, h=64, d=128)
+    query = query * jnp.float16(0.05)
+    sign = jnp.float16(6e4) * (-1.0) ** jnp.arange(6, dtype="float16")
+    value = jnp.broadcast_to(sign[None, :, None, None], value.shape)
+    arrays = query, key, value, jnp.full_like(cotangent, 1e-5)
+    got = on_device(step(num_iters=0), *arrays)
+    expected = step("reference", num_iters=0)(*exact(arrays))
+    # The values cancel in the output, which is not of their size.
+    assert_close((None, got[1], got[2]), (None, *expected[1:]), RTOL["float16"])
 
 
 @pytest.mark.slow

@@ -105,7 +105,12 @@ def _attend_fwd(problem, blocks, rows, cols, query, key, value):
 def _attend_bwd(problem, blocks, residuals, cotangents):
     rows, cols, query, key, value, out, history = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = to_unit(dout)
+    groups = problem.num_heads // problem.num_key_heads
+    dout, size = to_unit(_only(rows, dout))
+    # The cotangent of the plan is linear in the values too: float16 must hold it.
+    value, value_size = to_unit(_only(cols, value))
+    value_size = jnp.repeat(value_size, groups, axis=2)
+    out = out / value_size.reshape(-1, 1, 1)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
     dq, dk, dv = with_more_matrices(
         functools.partial(_backward, problem, blocks),
@@ -114,14 +119,14 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
         out,
         _split(dout, blocks.rows),
     )
-    dq = _join(problem, dq, problem.t, problem.head_dim) * size
+    dq = _join(problem, dq, problem.t, problem.head_dim) * value_size * size
 
-    def of_key_heads(x, dim):
-        groups = problem.num_heads // problem.num_key_heads
-        x = _join(problem, x, problem.s, dim) * size
+    def of_key_heads(x):
         return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
 
-    dk, dv = of_key_heads(dk, problem.head_dim), of_key_heads(dv, problem.value_dim)
+    dk = _join(problem, dk, problem.s, problem.head_dim) * value_size * size
+    dv = _join(problem, dv, problem.s, problem.value_dim) * size
+    dk, dv = of_key_heads(dk), of_key_heads(dv)
     return None, None, *(x.astype(problem.dtype) for x in (dq, dk, dv))
 
 
@@ -147,15 +152,20 @@ def _valid(batch, length, valid):
     return jnp.ones((batch, length), jnp.bool_) if valid is None else valid
 
 
+def _only(valid, x):
+    """`x`, and 0 for padding: no weight takes infinity or NaN off what lies there."""
+    return jnp.where(valid[:, :, None, None], x, 0)
+
+
 def _pad(problem, blocks, rows, cols, query, key, value):
     def of_heads(valid, length):
         valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
         return jnp.repeat(valid, problem.num_heads, axis=0)
 
     return Padded(
-        _split(query, blocks.rows),
-        _split(key, blocks.cols),
-        _split(value, blocks.cols),
+        _split(_only(rows, query), blocks.rows),
+        _split(_only(cols, key), blocks.cols),
+        _split(_only(cols, value), blocks.cols),
         of_heads(rows, blocks.rows),
         of_heads(cols, blocks.cols),
     )
