@@ -6,6 +6,9 @@ from contextlib import nullcontext
 # Compilation is most of the suite's time. The flag changes LLVM's effort, not XLA's
 # graph; set XLA_FLAGS, to nothing for instance, to test fully optimised code.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Warpgroups of an interpreted GPU kernel wait for each other, each in a thread of XLA's
+# pool. It has one for each core otherwise, and two cores would wait for ever.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import jaxtyping
