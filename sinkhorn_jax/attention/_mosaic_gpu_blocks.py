@@ -134,11 +134,14 @@ def resident_crew(problem: Problem, blocks: Blocks) -> Crew:
 
 def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     """What a head in one block of threads needs of shared memory."""
+    tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    value = 0 if values_lie_with_keys(problem, blocks) else d
-    each = problem.dtype.itemsize * blocks.tile * (h + crew.num_slots * (h + value))
-    vectors = 4 * (3 * blocks.rows + 4 * blocks.cols)
-    return crew.size * each + vectors + _head_bytes(blocks)
+    sizes = [crew.size * h, slots * h]
+    if not values_lie_with_keys(problem, blocks):
+        sizes.append(slots * d)
+    operands = [problem.dtype.itemsize * tile * x for x in sizes]
+    vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 4
+    return _in_shared_memory(_head_bytes(blocks), *operands, *vectors)
 
 
 def values_lie_with_keys(problem: Problem, blocks: Blocks) -> bool:
@@ -154,10 +157,18 @@ def reverse_crew(problem: Problem, blocks: Blocks) -> Crew:
 
 def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     """What the reverse sweep of a head in one block of threads needs."""
+    tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    each = problem.dtype.itemsize * blocks.tile * (1 + crew.num_slots) * (h + d)
-    vectors = 4 * (5 * blocks.rows + 7 * blocks.cols)
-    return crew.size * each + vectors + _head_bytes(blocks)
+    sizes = crew.size * h, slots * h, crew.size * d, slots * d
+    operands = [problem.dtype.itemsize * tile * x for x in sizes]
+    vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 3
+    of_steps = [8 * blocks.rows] + [8 * blocks.cols] * 2
+    return _in_shared_memory(_head_bytes(blocks), *operands, *vectors, *of_steps)
+
+
+def _in_shared_memory(*sizes):
+    """In bytes; Pallas begins every array at a multiple of 1024."""
+    return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
 def _largest_crew(problem, blocks, needs):

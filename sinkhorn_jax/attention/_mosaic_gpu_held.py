@@ -6,7 +6,7 @@ multiplied on the tensor cores, which would round them.
 The matrix leaves no room for a second block of threads, so that several warpgroups of
 one block share it. Each takes every so many-th strip or tile, and all meet before one
 reads what another wrote. No sum crosses the warps of a warpgroup: Pallas has one place
-in shared memory for those of all warpgroups.
+in shared memory for such sums, whichever warpgroup they are of.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ DOWN: Final = plgpu.Layout.TILED(
 
 
 class Held(NamedTuple):
-    """The matrix, or its transpose, in tiles: [rows / tile, cols / tile, tile, tile]."""
+    """The matrix or its transpose in tiles: [rows / tile, cols / tile, tile, tile]."""
 
     ref: Ref
 

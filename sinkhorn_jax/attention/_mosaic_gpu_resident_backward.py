@@ -64,11 +64,11 @@ def reverse(
     def body(*refs: Ref):
         # key [BK, S, H], query [BN, H, T], value [BK, S, D], dout [BN, D, T], df [BN,
         # T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u [L,
-        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [L, BN, T], dgs [L,
-        # BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left [T / tile,
-        # tile], g, dg, right [S / tile, tile], u [2, T / tile, tile], next_v, v [2, S /
-        # tile, tile]. Of each warpgroup: key [tile, H], query [slots, H, tile], value
-        # [tile, D], dout [slots, D, tile].
+        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [L, BN, T], dgs
+        # [L, BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left [T /
+        # tile, tile], g, dg, right [S / tile, tile], u [2, T / tile, tile], next_v, v
+        # [2, S / tile, tile]. Of each warpgroup: key [tile, H], query [slots, H, tile],
+        # value [tile, D], dout [slots, D, tile].
         key_ref, query_ref, value_ref, dout_ref, df_ref, f_ref, g_ref, *rest = refs
         u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, e_tile, *rest = rest
         k_tile, q_tile, v_tile, do_tile, df_tile, f_tile, left_tile, *rest = rest

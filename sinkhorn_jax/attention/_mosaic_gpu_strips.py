@@ -230,7 +230,11 @@ def call_kernel(
     """Run a kernel of so many programs; several warpgroups have an axis "warpgroup"."""
     if num_programs == 0:  # No kernel has an empty grid.
         return [jnp.zeros(x.shape, x.dtype) for x in out_type]
-    threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
+    threads, params = {}, {}
+    if num_warpgroups > 1:
+        threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
+        # Sums across warps would meet in one place. Without room they do not lower.
+        params = {"reduction_scratch_bytes": 0}
     results = plgpu.kernel(
         body,
         out_type=list(out_type),
@@ -238,10 +242,10 @@ def call_kernel(
         # One axis, because only one of a GPU's has room for all strips of all heads.
         grid=(num_programs,),
         grid_names=("program",),
-        **(threads if num_warpgroups > 1 else {}),
+        **threads,
         # Exponentials are off by a few units in the last place of float32, far below
         # what products in bfloat16 or float16 are.
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, **params),
         kernel_name=name,
     )(*arrays)
     # What varies over the axes of a `jax.shard_map` is lost on the way.
