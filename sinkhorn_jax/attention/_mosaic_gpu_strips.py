@@ -5,6 +5,7 @@ has some rows and goes over all columns tile by tile. It is a block of threads a
 one of several that share a head (`_mosaic_gpu_held`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -230,11 +231,13 @@ def call_kernel(
     """Run a kernel of so many programs; several warpgroups have an axis "warpgroup"."""
     if num_programs == 0:  # No kernel has an empty grid.
         return [jnp.zeros(x.shape, x.dtype) for x in out_type]
-    threads, params = {}, {}
+    # Exponentials are off by a few units in the last place of float32, far below what
+    # products in bfloat16 or float16 are.
+    params, threads = plgpu.CompilerParams(approx_math=True), {}
     if num_warpgroups > 1:
         threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
         # Sums across warps would meet in one place. Without room they do not lower.
-        params = {"reduction_scratch_bytes": 0}
+        params = dataclasses.replace(params, reduction_scratch_bytes=0)
     results = plgpu.kernel(
         body,
         out_type=list(out_type),
@@ -242,11 +245,9 @@ def call_kernel(
         # One axis, because only one of a GPU's has room for all strips of all heads.
         grid=(num_programs,),
         grid_names=("program",),
-        **threads,
-        # Exponentials are off by a few units in the last place of float32, far below
-        # what products in bfloat16 or float16 are.
-        compiler_params=plgpu.CompilerParams(approx_math=True, **params),
+        compiler_params=params,
         kernel_name=name,
+        **threads,
     )(*arrays)
     # What varies over the axes of a `jax.shard_map` is lost on the way.
     return varying_like(results, arrays)
