@@ -3,14 +3,34 @@
 # afterwards. `make benchmark` and `make test-all` add the libraries that the benchmarks
 # compare with, PyTorch among them. `make compile-table` compiles the TPU kernels without
 # a TPU, for which it downloads libtpu, 484 MB.
+#
+# `make gpu` runs all that needs an NVIDIA GPU, Hopper or later: the tests of the kernels
+# and implementations, the sweep of attention, the search for the kernels' blocks, and
+# the small matrices. Its parts can be run alone: `make gpu-test`, `gpu-benchmark`,
+# `gpu-blocks`, `gpu-matrices`; `make -k gpu` goes on where one fails. Without a GPU each
+# is an error. .venv gets jax[cuda13] for it, or another with CUDA=cuda12. Where nothing
+# can be installed, BIN=/folder/of/its/python takes an environment that is there and has
+# jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex, pytest and pytest-xdist; what else
+# is missing is skipped with a reason. In little time: TESTS=tests/test_mosaic_gpu.py in
+# `gpu-test`, OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark` and
+# `gpu-blocks`, OPTIONS="--sizes 4" in `gpu-matrices`.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PEERS := .venv/installed-peers
 LIBTPU := .venv/libtpu
+CUDA ?= cuda13
+TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
+    $(patsubst %,tests/test_%.py,sinkhorn attention multi_head streaming)
+# An environment that is not ours stays as it is.
+GPU := $(if $(filter .venv/bin,$(BIN)),.venv/installed-$(CUDA))
+ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
 .PHONY: demo report test test-all benchmark compile-table clean
+.PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices
+# What shares a device must not run at once.
+.NOTPARALLEL:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments rank_decay
@@ -25,14 +45,32 @@ test: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow"
 
+# With the loops that users get; tests/conftest.py says what `make test` has instead.
 test-all: $(PEERS)
-	$(BIN)/python -m pytest
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest
 
 benchmark: $(PEERS)
 	$(BIN)/python -m benchmarks
 
 compile-table: $(INSTALLED) $(LIBTPU)
 	$(BIN)/python -m benchmarks.compile_tpu --libtpu $(LIBTPU)
+
+gpu: gpu-test gpu-benchmark gpu-blocks gpu-matrices
+
+# The warnings of other versions of JAX and NumPy are no failures there, and it is fully
+# optimised code that is to be right.
+gpu-test: $(GPU)
+	XLA_FLAGS= $(ON_GPU) -m pytest --platform gpu -W default \
+	    -m "not slow or on_device" $(TESTS)
+
+gpu-benchmark: $(GPU)
+	$(ON_GPU) -m benchmarks --sweeps gpu --no-single-head-memory $(OPTIONS)
+
+gpu-blocks: $(GPU)
+	$(ON_GPU) -m benchmarks.search_blocks $(OPTIONS)
+
+gpu-matrices: $(GPU)
+	$(ON_GPU) -m benchmarks.matrices --platform gpu $(OPTIONS)
 
 clean:
 	rm -rf .venv
@@ -45,6 +83,12 @@ $(INSTALLED): pyproject.toml
 # Beside the environment and not in it: JAX looks for a TPU wherever it finds libtpu.
 $(LIBTPU): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ 'libtpu>=0.0.52'
+	touch $@
+
+.venv/installed-$(CUDA): $(INSTALLED)
+	@ls /dev/nvidia[0-9]* /dev/dxg 2>/dev/null | grep -q . || { \
+	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jax[$(CUDA)]'
 	touch $@
 
 $(PEERS): $(INSTALLED)

@@ -3,6 +3,13 @@
     python -m benchmarks           # All sweeps; appends to benchmarks/results/<device>/
     python -m benchmarks --quick   # One tiny case; prints its rows and keeps none.
     python -m benchmarks --readme  # Tables and plots, here and there, from kept rows.
+    python -m benchmarks --sweeps gpu  # On a GPU: 128 heads, bfloat16 and float16.
+
+The sweep `gpu` is not part of a run unless named, and an error without a GPU. It takes
+long at once; `--cases 128x1024 --dtypes bfloat16` is a part, and
+`--no-single-head-memory` saves two of three compilations. Small matrices and the search
+for the GPU kernels' blocks are commands of their own, `python -m benchmarks.matrices`
+and `python -m benchmarks.search_blocks`.
 
 How it measures. Each program is compiled ahead of time for its shape and called once
 untimed. Then all programs of a case take turns; a time runs from the call until the
@@ -16,16 +23,17 @@ called plainly, is one of medians over the same rounds. Forward and backward tog
 are the output and the gradients with respect to query, key and value, for a random
 cotangent.
 
-Peers. `torch_softmax` is PyTorch's fused softmax attention and `torch_sinkhorn` the
-iteration written in plain PyTorch with autograd; `ott_unrolled` and `ott_implicit` are
-OTT-JAX's solver, `pot` is POT's in log space. They get the same numbers in the same
-turns and as many threads as JAX, and do the same half steps: OTT and POT start from the
-potentials of the softmax. On Linux the C library is told to keep freed memory for the
-next call, from which eager programs and large temporaries gain; beyond that nothing is
-tuned: PyTorch and POT are eager, POT goes head by head. Half precision is widened to
-float32 for OTT, POT and the PyTorch iteration, as Sinkhorn does here. What is not
-installed or cannot run is skipped with a reason, also what needs more than half of the
-device's memory; reasons are kept beside the rows.
+Peers. `cudnn_softmax` is JAX's softmax attention in cuDNN, on NVIDIA GPUs alone, and
+`torch_softmax` PyTorch's fused one; `torch_sinkhorn` is the iteration written in plain
+PyTorch with autograd; `ott_unrolled` and `ott_implicit` are OTT-JAX's solver, `pot` is
+POT's in log space. They get the same numbers in the same turns and as many threads as
+JAX, and do the same half steps: OTT and POT start from the potentials of the softmax.
+On Linux the C library is told to keep freed memory for the next call, from which eager
+programs and large temporaries gain; beyond that nothing is tuned: PyTorch and POT are
+eager, POT goes head by head. Half precision is widened to float32 for OTT, POT and the
+PyTorch iteration, as Sinkhorn does here. What is not installed or cannot run is skipped
+with a reason, also what needs more than half of the device's memory; reasons are kept
+beside the rows.
 
 Memory of a JAX program is what the compiled executable declares as temporary: inputs
 and outputs are not in it. `ts_arrays_per_head` says how many T x S arrays (float32 or
@@ -45,11 +53,12 @@ and is not rounding.
 What it does not show. Standard normal inputs give logits of standard deviation 1, and
 the linear domain suffices; a head that has to leave it costs about what `reference`
 does. There is no mask, bias, dropout or grouped head, one device, and nothing around
-the attention. Times on a machine with other work are noisy, and those of PyTorch, whose
-threads wait for each other in every operation, several times too long: compare ratios
-of one run, and not where the interquartile range is of the size of the difference.
-Sinkhorn multiplies matrices at highest precision; softmax does what JAX does by
-default, which on a GPU or TPU may be less (`matmul_precision`).
+the attention. A time has the start of the call from Python in it, which on a GPU may be
+most of the shortest ones. Times on a machine with other work are noisy, and those of
+PyTorch, whose threads wait for each other in every operation, several times too long:
+compare ratios of one run, and not where the interquartile range is of the size of the
+difference. Sinkhorn multiplies matrices at highest precision; softmax does what JAX
+does by default, which on a GPU or TPU may be less (`matmul_precision`).
 """
 
 import dataclasses
@@ -59,16 +68,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import tyro
-
-from . import _cases, _machine, _programs, _readme, _record, _run, _table
+from . import (
+    _cases,
+    _command,
+    _machine,
+    _programs,
+    _readme,
+    _record,
+    _run,
+    _table,
+)
 
 # Else XLA takes three quarters of a GPU's memory and PyTorch has to do with the rest.
 # Read when JAX first looks at its devices, which is later.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 BUSY: Final = 0.25  # Of each CPU, before there is something to say.
-QUICK: Final = "The cases of --quick are its own; leave out sweeps and cases."
+QUICK: Final = "The cases of --quick are its own; leave out sweeps, cases and dtypes."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,25 +93,29 @@ class Config:
 
     quick: bool = False  # A smoke run: one tiny case, and no rows unless `output`.
     readme: bool = False  # Only rewrite README, device pages and plots from the rows.
-    sweeps: tuple[str, ...] = tuple(_cases.SWEEPS)
+    sweeps: tuple[str, ...] = tuple(_cases.ANYWHERE)
     cases: tuple[str, ...] = ()  # Heads x tokens; none is all of the sweeps.
+    dtypes: tuple[str, ...] = ()  # Likewise.
     # With peers, and softmax always.
     implementations: tuple[str, ...] = dataclasses.field(
         default_factory=_programs.names
     )
     repeats: int = 5  # Timed calls of each program, at least, if they are fast.
     budget_s: float = 4.0  # More calls until so many seconds a case and mode.
+    # Whether our programs are also compiled for a head alone, twice, for its memory.
+    single_head_memory: bool = True
     output: Path | None = None  # Rows are appended here; None is the device's folder.
 
     def __post_init__(self):
         if self.quick:
             object.__setattr__(self, "budget_s", 0.0)
-            if self.cases or self.sweeps != tuple(_cases.SWEEPS):
+            if self.cases or self.dtypes or self.sweeps != tuple(_cases.ANYWHERE):
                 raise ValueError(QUICK)
         _check_names("implementations", self.implementations, _programs.names())
         _check_names("sweeps", self.sweeps, _cases.SWEEPS)
-        known = dict.fromkeys(case.name for case in _cases.select(self.sweeps))
-        _check_names("cases", self.cases, known)
+        cases = _cases.select(self.sweeps)
+        _check_names("cases", self.cases, dict.fromkeys(x.name for x in cases))
+        _check_names("dtypes", self.dtypes, dict.fromkeys(x.dtype for x in cases))
         if self.repeats < 1:
             raise ValueError(
                 f"repeats must be at least 1, got {self.repeats}: there is no median "
@@ -104,20 +124,26 @@ class Config:
 
 
 def run(config: Config) -> list[_record.Row]:
-    """Measures, prints a table, and appends the rows."""
+    """Measures, prints a table, and appends the rows.
+
+    Raises:
+        RuntimeError: A sweep is for another platform than that on which JAX computes.
+    """
+    for sweep in config.sweeps:
+        if sweep in _cases.BY_PLATFORM:
+            _machine.require(sweep, f"The sweep {sweep!r}")
     now = datetime.datetime.now(datetime.UTC)
     facts = {**_machine.facts(), "date": now.isoformat(timespec="seconds")}
     output = config.output
     if output is None and not config.quick:
-        machine = (facts[x] for x in ("device", "platform", "num_cpus"))
-        name = _machine.directory_name(*machine)
-        output = _record.RESULTS / name / f"{now:%Y-%m-%d}.jsonl"
+        folder = _machine.folder(facts, _record.RESULTS)
+        output = folder / f"{now:%Y-%m-%d}.jsonl"
     if (facts["load"] or 0) > BUSY * facts["num_cpus"]:
         print(
             f"The machine was busy in the last minute (load {facts['load']:.1f} on "
             f"{facts['num_cpus']} CPUs). Times will be noisy, PyTorch's too long."
         )
-    cases = _cases.select(config.sweeps, config.cases)
+    cases = _cases.select(config.sweeps, config.cases, config.dtypes)
     rows = _run.run(
         _cases.SMOKE if config.quick else cases,
         config.implementations,
@@ -125,6 +151,7 @@ def run(config: Config) -> list[_record.Row]:
         config.budget_s,
         facts,
         output,
+        config.single_head_memory,
     )
     print(_table.aligned(rows))
     print(f"Rows appended to {output}." if output else "No rows kept.")
@@ -133,7 +160,7 @@ def run(config: Config) -> list[_record.Row]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    config = tyro.cli(Config, description=__doc__, args=args)
+    config = _command.parse(Config, __doc__, args)
     if config.readme:
         _readme.update()
     else:

@@ -37,7 +37,7 @@ class Case:
 
 
 # What varies, and over what. A case of two sweeps is measured once.
-SWEEPS: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
+ANYWHERE: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
     {
         "tokens": tuple(Case(2, 2**i) for i in range(7, 15)),
         # About the same work, split into ever fewer and larger heads. The first is a
@@ -52,14 +52,34 @@ SWEEPS: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
         ),
     }
 )
+# By platform, of sizes that make sense on it alone: run when named, refused elsewhere.
+BY_PLATFORM: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
+    {
+        # A batch times heads that fill a large GPU, in the dtypes of its tensor cores.
+        "gpu": tuple(
+            Case(128, 2**i, dtype=dtype)
+            for dtype in ("bfloat16", "float16")
+            for i in range(7, 13)
+        ),
+    }
+)
+SWEEPS: Final = MappingProxyType({**ANYWHERE, **BY_PLATFORM})
 # For a smoke run, and in no sweep.
 SMOKE: Final = (Case(4, 64, head_dim=16),)
 
 
-def select(sweeps: Iterable[str], names: Iterable[str] | None = None) -> list[Case]:
-    """The cases of the sweeps, each once; those of the given names alone if any."""
+def select(
+    sweeps: Iterable[str],
+    names: Iterable[str] = (),
+    dtypes: Iterable[str] = (),
+) -> list[Case]:
+    """The cases of the sweeps, each once; of names and dtypes those given, if any."""
     cases = dict.fromkeys(case for sweep in sweeps for case in SWEEPS[sweep])
-    return [case for case in cases if not names or case.name in names]
+    return [
+        case
+        for case in cases
+        if (not names or case.name in names) and (not dtypes or case.dtype in dtypes)
+    ]
 
 
 class Inputs(NamedTuple):

@@ -1,15 +1,22 @@
 """What the README says about the peers, in sentences made from the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from . import _programs, _table
 from ._record import Row
+
+# Softmax attention that JAX does not take when called plainly, and whose it is.
+FUSED: Final[Mapping[str, str]] = {
+    "cudnn_softmax": "cuDNN's",
+    "torch_softmax": "PyTorch's fused",
+}
 
 
 def sentences(rows: Sequence[Row]) -> str:
     """Where another library is the faster one, if it is; empty without peers."""
     at = {(row.case, row.mode, row.implementation): row for row in rows}
-    found = (_sinkhorn(rows, at), _softmax(at))
+    found = (_sinkhorn(rows, at), *(_softmax(at, name) for name in FUSED))
     return " ".join(sentence for sentence in found if sentence)
 
 
@@ -39,17 +46,17 @@ def _sinkhorn(rows, at):
     return f"Another library's Sinkhorn is faster than the default: {'; '.join(wins)}."
 
 
-def _softmax(at):
+def _softmax(at, fused):
     ratios = [
-        softmax.median_ms / at[case, mode, "torch_softmax"].median_ms
+        softmax.median_ms / at[case, mode, fused].median_ms
         for (case, mode, name), softmax in at.items()
-        if name == _programs.SOFTMAX and (case, mode, "torch_softmax") in at
+        if name == _programs.SOFTMAX and (case, mode, fused) in at
     ]
     num_faster = sum(x > 1 for x in ratios)
     if not num_faster:
         return ""
     return (
-        "PyTorch's fused softmax attention is faster than JAX's in "
+        f"{FUSED[fused]} softmax attention is faster than JAX's in "
         f"{num_faster} of {len(ratios)} entries, by up to {max(ratios):.1f} times, "
         "so the same times are larger multiples of it."
     )

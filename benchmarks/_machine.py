@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +37,39 @@ def directory_name(device: str, platform: str, num_cpus: int) -> str:
         device = f"cpu-{device}-{num_cpus}cores"
     device = re.sub(r"\((r|tm)\)", " ", device.lower())
     return re.sub(r"[^a-z0-9.]+", "-", device).strip("-.")
+
+
+def require(platform: str, what: str) -> None:
+    """Refuses what is measured on one platform alone.
+
+    Raises:
+        RuntimeError: JAX computes on another.
+    """
+    found = jax.default_backend()
+    if found != platform:
+        name = platform.upper()
+        raise RuntimeError(
+            f"{what} needs a {name}, and JAX computes on a {found.upper()} here. Run "
+            f"it where there is a {name} and a jax for it, such as jax[cuda13]."
+        )
+
+
+def why_not_kernel(name: str) -> str | None:
+    """A reason if an implementation's kernels are for another platform than JAX's."""
+    kernels, _, platform = name.partition("_")
+    found = jax.default_backend()
+    if kernels != "mosaic" or platform == found:
+        return None
+    return (
+        f"its kernels are for a {platform.upper()}, and JAX computes on a "
+        f"{found.upper()} here"
+    )
+
+
+def folder(facts: Mapping[str, Any], results: Path) -> Path:
+    """Where the results of the machine with these `facts` go."""
+    machine = (facts[name] for name in ("device", "platform", "num_cpus"))
+    return results / directory_name(*machine)
 
 
 def num_cpus() -> int:

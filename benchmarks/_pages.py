@@ -42,7 +42,8 @@ def page(rows: Sequence[Row], skips: Sequence[Skip]) -> str:
     for sweep, cases in _cases.SWEEPS.items():
         in_sweep = [row for case in cases for row in rows if row.case == case]
         if in_sweep:
-            parts += [f"## {sweep.capitalize()}", _sweep_table(in_sweep)]
+            title = sweep.upper() if sweep in _cases.BY_PLATFORM else sweep.capitalize()
+            parts += [f"## {title}", _sweep_table(in_sweep)]
     in_any = {case for cases in _cases.SWEEPS.values() for case in cases}
     if rest := [row for row in rows if row.case not in in_any]:
         parts += ["## Other cases", _sweep_table(rest)]

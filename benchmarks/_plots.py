@@ -21,7 +21,7 @@ from ._record import Row
 # blindness. Cold ones are ours and warm ones the peers'.
 OURS: Final = ("#0072B2", "#009E73", "#56B4E9", "#332288", "#44AA99")
 THEIRS: Final = ("#D55E00", "#CC79A7", "#E69F00", "#882255", "#999933")
-SOFTMAX_COLOURS: Final = ("#000000", "#777777")
+SOFTMAX_COLOURS: Final = ("#000000", "#555555", "#999999")
 MARKERS: Final = "osD^vP*X<>hp"
 MODE_TITLES: Final = {"forward": "forward", "forward_backward": "forward + backward"}
 NAME_SIZE: Final = 8.5

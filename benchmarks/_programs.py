@@ -13,6 +13,7 @@ from sinkhorn_jax._options import Options
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention._problem import Problem
 
+from . import _machine
 from ._cases import Case
 from ._peers import PEERS
 from ._program import Mode, Program, compiled
@@ -25,8 +26,14 @@ def names() -> tuple[str, ...]:
     return (*IMPLEMENTATIONS, *PEERS)
 
 
-def build(name: str, case: Case, mode: Mode) -> Program:
+def build(name: str, case: Case, mode: Mode, *, single_head: bool = True) -> Program:
     """A program, compiled if its framework compiles.
+
+    Args:
+        name: Which.
+        case: What for.
+        mode: Whether with gradients.
+        single_head: Whether it is also compiled for a head alone, for its memory.
 
     Raises:
         NotImplementedError: It cannot run the case, is not installed, or needs too much
@@ -34,17 +41,22 @@ def build(name: str, case: Case, mode: Mode) -> Program:
     """
     if name == SOFTMAX:
         precision = jax.config.jax_default_matmul_precision or "default"
-        return compiled(_softmax, case, mode, matmul_precision=precision)
+        return compiled(
+            _softmax, case, mode, single_head=single_head, matmul_precision=precision
+        )
     if name in PEERS:
         peer = PEERS[name]
         reason = peer.why_not(case, mode)
         if reason is not None:
             raise NotImplementedError(reason)
         return peer.build(case, mode)
+    reason = _machine.why_not_kernel(name)
+    if reason is not None:
+        raise NotImplementedError(reason)
     attend = functools.partial(
         sinkhorn_attention, num_iters=case.num_iters, implementation=name
     )
-    return compiled(attend, case, mode)
+    return compiled(attend, case, mode, single_head=single_head)
 
 
 def is_sinkhorn(name: str) -> bool:

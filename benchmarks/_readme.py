@@ -13,7 +13,11 @@ README: Final = _machine.ROOT / "README.md"
 BEGIN: Final = "<!-- benchmarks:begin -->"
 END: Final = "<!-- benchmarks:end -->"
 # Those whose columns say most in little space; the pages have all.
-SHOWN: Final = (*_cases.SWEEPS["heads"], Case(2, 8192), Case(2, 16384))
+SHOWN: Final = (
+    *_cases.SWEEPS["heads"],
+    *(Case(2, 8192), Case(2, 16384)),
+    *_cases.select(["gpu"], dtypes=["bfloat16"]),
+)
 LEGEND: Final = (
     "`softmax` is `jax.nn.dot_product_attention` and in ms; the others are multiples "
     "of it. Forward / forward + backward; **bold** is what `implementation=None` takes."
@@ -33,16 +37,19 @@ def block(rows: Sequence[Row], results: Path = _record.RESULTS) -> str:
         )
     parts, plots = [], []
     for of_device in _devices(rows):
-        shown = [row for row in of_device if row.case in SHOWN]
         name = _machine.directory_name(*of_device[0].machine)
         link = f"benchmarks/results/{name}"
-        if shown:
-            parts += [
-                f"{_table.caption(shown)}, float32, {shown[0].num_iters} iterations "
-                f"([every number, and what was left out]({link}/{_pages.PAGE}))",
-                _ratios(shown),
-                _findings.sentences(shown),
-            ]
+        for dtype in dict.fromkeys(case.dtype for case in SHOWN):
+            cases = [case for case in SHOWN if case.dtype == dtype]
+            shown = [row for row in of_device if row.case in cases]
+            if shown:
+                iterations = f"{shown[0].num_iters} iterations"
+                parts += [
+                    f"{_table.caption(shown)}, {dtype}, {iterations} "
+                    f"([every number, and what was left out]({link}/{_pages.PAGE}))",
+                    _ratios(shown),
+                    _findings.sentences(shown),
+                ]
         if of_device[0].platform == "cpu":
             plots += [
                 f"![{alt}]({link}/{file})"

@@ -25,6 +25,7 @@ def run(
     budget_s: float,
     facts: dict[str, Any],
     output: Path | None,
+    single_head: bool = True,
 ) -> list[_record.Row]:
     """Measures and prints reasons for what is left out.
 
@@ -35,7 +36,9 @@ def run(
         budget_s: Seconds a case and mode, if that leaves more.
         facts: Fields that are the same in all rows.
         output: Rows are appended here and skips beside; None keeps none.
+        single_head: Whether programs are compiled for a head alone, for its memory.
     """
+    build = functools.partial(_programs.build, single_head=single_head)
     time_in_turns = functools.partial(
         _turns.time_in_turns, repeats=repeats, budget_s=budget_s, reference=SOFTMAX
     )
@@ -50,6 +53,7 @@ def run(
                         case,
                         mode,
                         (SOFTMAX, *names),
+                        build,
                         time_in_turns,
                         facts,
                         progress,
@@ -68,6 +72,7 @@ def _measure(
     case: Case,
     mode: Mode,
     names: Sequence[str],
+    build: Callable[..., Program],
     time_in_turns: Callable[..., _turns.Times],
     facts: dict[str, Any],
     progress: tqdm.tqdm,
@@ -89,7 +94,7 @@ def _measure(
         say(f"build {name}")
         try:
             _check_time(name, case, mode, earlier)
-            programs[name] = _programs.build(name, case, mode)
+            programs[name] = build(name, case, mode)
         except NotImplementedError as reason:
             skip(name, reason)
         except RuntimeError as error:  # XLA tries kernels while it compiles for a GPU.

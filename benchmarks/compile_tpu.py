@@ -30,14 +30,13 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import tqdm
-import tyro
 from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
 from sinkhorn_jax import sinkhorn_attention
 from sinkhorn_jax.attention import _mosaic_tpu_blocks
 
-from . import _chips, _compiled, _machine, _program, _programs, _work
+from . import _chips, _command, _compiled, _machine, _program, _programs, _work
 from ._cases import Case
 
 # Without the others the compiler asks the network what machine this is. It locks the
@@ -239,7 +238,7 @@ def _kernels(text):
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    config = tyro.cli(Config, description=__doc__, args=args)
+    config = _command.parse(Config, __doc__, args)
     rows = run(config)
     print(f"{len(rows)} executables; tables of them in {config.output}.")
 

@@ -28,12 +28,11 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 
 from sinkhorn_jax import collapse
 
-from . import _machine, _record
+from . import _command, _machine, _record
 
 RESULTS: Final = _record.RESULTS / "measures"
 
@@ -101,8 +100,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     output = config.output
     if output is None and not config.quick:
-        machine = (facts[x] for x in ("device", "platform", "num_cpus"))
-        output = RESULTS / f"{_machine.directory_name(*machine)}.json"
+        output = RESULTS / f"{_machine.folder(facts, RESULTS).name}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(row, indent=1) + "\n")
@@ -154,7 +152,7 @@ def _in_turns(
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    run(tyro.cli(Config, description=__doc__, args=args))
+    run(_command.parse(Config, __doc__, args))
 
 
 if __name__ == "__main__":

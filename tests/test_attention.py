@@ -115,15 +115,26 @@ def test_agrees_with_the_oracle(implementation, case):
     np.testing.assert_allclose(error, expected, atol=ATOL["float64"])
 
 
+GROUPED = {"t": 64, "s": 40, "n": 6, "k": 3}
+SHAPES = (
+    {"t": 64, "s": 64, "h": 32},
+    GROUPED,
+    {"t": 1, "s": 9},
+    {"t": 37, "s": 1, "n": 1, "k": 1},
+)
+
+
+# Each dtype and each shape; all pairs of them take long.
 @implementations
-@pytest.mark.parametrize("dtype", ATOL)
 @pytest.mark.parametrize(
-    "shape",
+    ("dtype", "shape"),
     [
-        {"t": 64, "s": 64, "h": 32},
-        {"t": 64, "s": 40, "n": 6, "k": 3},
-        {"t": 1, "s": 9},
-        {"t": 37, "s": 1, "n": 1, "k": 1},
+        pytest.param(
+            *(dtype, shape),
+            marks=[pytest.mark.slow] * (dtype != "float32" and shape is not GROUPED),
+        )
+        for dtype in ATOL
+        for shape in SHAPES
     ],
     ids=str,
 )
@@ -145,9 +156,15 @@ def test_gradients_agree_with_autodiff_of_the_reference(implementation, case):
     bias = options.pop("bias", None)
     chex.assert_trees_all_close(
         gradients(implementation, operands, bias, options),
-        gradients("reference", operands, bias, options),
+        gradients_of_the_reference(case),
         atol=FLOAT64_GRADIENT_ATOL,
     )
+
+
+@functools.cache
+def gradients_of_the_reference(case):
+    options = options_of(case)
+    return gradients("reference", problem(), options.pop("bias", None), options)
 
 
 def gradients(implementation, operands, bias, options):
@@ -216,7 +233,7 @@ def test_gradients_in_float32_on_large_logits(implementation):
 
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 @pytest.mark.parametrize("num_iters", [0, 1, 3])
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 1e4])
 def test_gradients_in_float32_do_not_see_row_offsets(implementation, num_iters, offset):
     # With these queries the keys are the logits. What is added to a row of logits is of
     # no effect, but a potential that cancels it can be rounded.
@@ -345,7 +362,14 @@ def test_marginal_error_is_before_dropout_and_not_differentiated():
         assert not any(x.any() for x in grads)
 
 
-@implementations
+# The kernels for TPUs meet them in a test of their own, interpreted too.
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "mosaic_tpu"))
+        for name in IMPLEMENTATIONS
+    ],
+)
 def test_hostile_logits_in_float32(implementation):
     """Through one-hot queries, whose logits are the keys."""
     named = hostile_logits(16)

@@ -4,6 +4,7 @@ import math
 import os
 from types import MappingProxyType
 
+import jax
 import pytest
 
 from benchmarks import __main__ as benchmarks
@@ -22,8 +23,11 @@ from sinkhorn_jax._dispatch import Implementation
 from sinkhorn_jax.attention import IMPLEMENTATIONS, _api
 
 
-def installed(name):
-    return name not in PEERS or importlib.util.find_spec(PEERS[name].imported)
+def can_run(name, mode):
+    if name in PEERS:
+        return PEERS[name].why_not(_cases.SMOKE[0], mode) is None
+    # The kernels of another platform are skipped, as another test sees.
+    return "mosaic" not in name
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,7 @@ def test_quick_measures_everything_in_both_modes(quick):
         (name, mode)
         for name in (_programs.SOFTMAX, *_programs.names())
         for mode in _program.MODES
-        # The kernels of another platform are skipped, as another test sees.
-        if installed(name) and "mosaic" not in name
+        if can_run(name, mode)
     }
     assert len({row.date for row in rows}) == 1
     for mode in _program.MODES:
@@ -171,6 +174,11 @@ def test_runs_without_softmax_where_that_cannot_run(monkeypatch, capsys):
         ({"cases": ("1x1",)}, r"Unknown cases \['1x1'\]; expected some of \['2x128'"),
         ({"sweeps": ("heads",), "cases": ("2x128",)}, "expected some of .*'96x197'"),
         ({"sweeps": ("sizes",)}, r"Unknown sweeps \['sizes'\]; expected .*'tokens'"),
+        (
+            {"dtypes": ("float8",)},
+            r"Unknown dtypes \['float8'\]; expected .*'bfloat16'",
+        ),
+        ({"quick": True, "dtypes": ("float32",)}, "cases of --quick are its own"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"quick": True, "cases": ("2x128",)}, "cases of --quick are its own"),
     ],
@@ -184,6 +192,7 @@ def test_full_run_has_the_sweeps():
     config = benchmarks.Config()
     assert config.sweeps == ("tokens", "heads", "iterations", "dtypes")
     assert set(config.implementations) == {*IMPLEMENTATIONS, *PEERS}
+    assert set(_cases.SWEEPS) - set(config.sweeps) == {"gpu"}
     cases = {
         sweep: [(case.name, case.dtype, case.num_iters) for case in cases]
         for sweep, cases in _cases.SWEEPS.items()
@@ -199,14 +208,43 @@ def test_full_run_has_the_sweeps():
     assert cases["dtypes"] == [
         ("4x1024", dtype, 10) for dtype in ("float32", "bfloat16", "float16", "float64")
     ]
-    for case in _cases.select(config.sweeps):
+    assert cases["gpu"] == [
+        (f"128x{num}", dtype, 10)
+        for dtype in ("bfloat16", "float16")
+        for num in (128, 256, 512, 1024, 2048, 4096)
+    ]
+    for case in _cases.select(_cases.SWEEPS):
         assert case.shape_btnh == (1, case.tokens, case.heads, 64)
 
 
 def test_cases_of_two_sweeps_are_measured_once():
-    cases = _cases.select(_cases.SWEEPS)
+    cases = _cases.select(_cases.ANYWHERE)
     assert len(set(cases)) == len(cases) == 8 + 4 + 7 + 4 - 2
     assert _cases.select(["heads", "tokens"], ["2x4096"]) == [_cases.Case(2, 4096)]
+    only = _cases.Case(128, 256, dtype="float16")
+    assert _cases.select(["gpu"], ["128x256"], ["float16"]) == [only]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="There is one.")
+def test_the_sweep_for_a_gpu_is_refused_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(_run, "run", lambda *_: pytest.fail("it was measured"))
+    output = tmp_path / "rows.jsonl"
+    config = benchmarks.Config(sweeps=("gpu",), cases=("128x128",), output=output)
+    with pytest.raises(RuntimeError, match="'gpu' needs a GPU, and JAX computes on a"):
+        benchmarks.run(config)
+    assert not output.exists()
+
+
+def test_the_memory_of_a_single_head_may_be_left_out(monkeypatch):
+    monkeypatch.setattr(_cases, "SMOKE", (_cases.Case(1, 16, 8, "float32", 2),))
+    monkeypatch.setattr(_run, "MODES", ("forward",))
+    config = benchmarks.Config(
+        quick=True, repeats=1, implementations=("scaling",), single_head_memory=False
+    )
+    rows = benchmarks.run(config)
+    assert [row.implementation for row in rows] == ["softmax", "scaling"]
+    assert {row.one_head_mib for row in rows} == {None}
+    assert all(row.peak_mib is not None for row in rows)
 
 
 def test_command(monkeypatch):

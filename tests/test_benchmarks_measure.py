@@ -178,10 +178,13 @@ def test_memory_limits(monkeypatch):
     _limits.check_memory(2**60)
 
 
-@pytest.mark.skipif(jax.default_backend() == "tpu", reason="It runs on a TPU.")
-def test_kernels_of_another_platform_are_refused():
-    with pytest.raises(NotImplementedError, match="Only interpret mode"):
-        _programs.build("mosaic_tpu", _cases.SMOKE[0], "forward")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_kernels_of_another_platform_are_refused(platform):
+    if jax.default_backend() == platform:
+        pytest.skip("They run here.")
+    reason = f"kernels are for a {platform.upper()}, and JAX computes on a"
+    with pytest.raises(NotImplementedError, match=reason):
+        _programs.build(f"mosaic_{platform}", _cases.SMOKE[0], "forward")
 
 
 def test_what_would_take_too_long_is_refused(monkeypatch):
@@ -218,6 +221,19 @@ def test_default_is_what_the_selection_takes(monkeypatch):
         assert problem == _programs.problem(case)
         defaults = [x for x in _programs.names() if _programs.is_default(x, case)]
         assert [IMPLEMENTATIONS[x].run for x in defaults] == [run]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
+def test_a_program_of_several_calls(calls):
+    """Its first result is checked; the others depend on one another."""
+    program = _program.repeated(
+        lambda x, y: x * y, lambda result, x, y: (result, y + 1), calls
+    )
+    first, *rest = jax.jit(program)(np.float64(2), np.float64(3))
+    assert first == 6
+    # 6 = 2 * 3, then 6 * 4 and so on, with what a next call would be given.
+    given = [(6 * math.prod(range(4, 3 + calls)), 3 + calls)] if calls > 1 else []
+    assert [tuple(map(float, x)) for x in rest] == given
 
 
 def test_memory_of_a_head_is_that_of_its_arrays():

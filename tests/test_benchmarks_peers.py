@@ -1,4 +1,5 @@
 import importlib.util
+import types
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ CASE = _cases.Case(2, 24, head_dim=8, dtype="float64", num_iters=3)
 
 def measured(name, case, mode):
     """The error of a program against float64; skips with a peer's reason."""
-    if name in PEERS and importlib.util.find_spec(PEERS[name].imported) is None:
-        pytest.skip(f"{PEERS[name].package} is not installed")
+    reason = PEERS[name].why_not(case, mode)
+    if reason is not None:
+        pytest.skip(reason)
     program = _programs.build(name, case, mode)
     arguments = program.prepare(_cases.inputs(case))
     outputs = program.to_numpy(program.call(*arguments))
@@ -44,9 +46,12 @@ def test_implicit_peer_differentiates_the_fixed_point():
     assert late < 1e-6  # Tolerance of its linear solver.
 
 
-@pytest.mark.parametrize("name", ["torch_softmax", "torch_sinkhorn", "pot"])
+HALF = "cudnn_softmax", "torch_softmax", "torch_sinkhorn", "pot"
+
+
+@pytest.mark.parametrize("name", HALF)
 def test_peers_take_half_precision(name):
-    case = _cases.Case(1, 16, 8, "bfloat16", 1)
+    case = _cases.Case(1, 64, 64, "bfloat16", 1)
     # 8 bits of mantissa in the results.
     assert measured(name, case, "forward_backward") < 2e-2
 
@@ -73,6 +78,28 @@ def test_torch_computes_where_jax_does(monkeypatch):
     assert PEERS["torch_softmax"].why_not(CASE, "forward") is None
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "finds no tpu" in PEERS["torch_softmax"].why_not(CASE, "forward")
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "dtype", "says"),
+    [
+        ("cpu", "cpu", "bfloat16", "for NVIDIA GPUs, and JAX computes on a CPU here"),
+        ("gpu", "rocm 70000", "bfloat16", "for NVIDIA GPUs, and"),
+        ("gpu", "cuda 13000", "float32", "bfloat16 and float16, got float32"),
+        ("gpu", "cuda 13000", "float16", None),
+    ],
+)
+def test_cudnn_is_for_nvidia_and_half_precision(
+    monkeypatch, platform, version, dtype, says
+):
+    backend = types.SimpleNamespace(
+        platform=platform, platform_version=f"PJRT C API\n{version}"
+    )
+    module = PEERS["cudnn_softmax"]._load()
+    monkeypatch.setattr(module, "get_backend", lambda: backend)
+    case = _cases.Case(1, 64, dtype=dtype)
+    reason = PEERS["cudnn_softmax"].why_not(case, "forward")
+    assert reason is None if says is None else says in reason
 
 
 def test_a_broken_peer_is_not_taken_for_an_absent_one(monkeypatch):

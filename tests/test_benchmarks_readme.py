@@ -97,6 +97,22 @@ def test_block_keeps_devices_apart():
     assert text.count(_readme.LEGEND) == 1
 
 
+def test_block_shows_one_dtype_of_the_sweep_for_a_gpu_and_its_page_both():
+    rows = run_of("gpu", device="Some GPU", platform="gpu")
+    text = _readme.block(rows)
+    assert text.count("| heads x tokens |") == 1
+    assert "**Some GPU**" in text
+    assert ", bfloat16, 10 iterations (" in text
+    assert "float16, 10" not in text.replace("bfloat16", "")
+    names = [f"128x{2**i}" for i in range(7, 13)]
+    lines = [x for x in text.splitlines() if x.startswith("| 128x")]
+    assert [line.split("|")[1].strip() for line in lines] == names
+    page = _pages.page(rows, [])
+    assert "## GPU" in page
+    assert line_of(page, "128x4096", "| float16 |", "`scaling`")
+    assert line_of(page, "128x4096", "| bfloat16 |", "`scaling`")
+
+
 def test_peers_that_win_are_named():
     rows = run_of("heads", names=("softmax", "scaling", "pot"))
     assert "No other library" in _findings.sentences(rows)
@@ -113,11 +129,16 @@ def test_peers_that_win_are_named():
     assert _findings.sentences(run_of("heads", names=("softmax", "scaling"))) == ""
 
 
-def test_a_faster_softmax_is_named():
-    peer = {"implementation": "torch_softmax", "version": "torch 1.0"}
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [("torch_softmax", "PyTorch's fused"), ("cudnn_softmax", "cuDNN's")],
+)
+def test_a_faster_softmax_is_named(name, whose):
+    peer = {"implementation": name, "version": "some 1.0"}
     case = _cases.SWEEPS["heads"][0]
     rows = [of(case), of(case, median_ms=0.5, **peer)]
-    assert "in 1 of 1 entries, by up to 4.0 times" in _findings.sentences(rows)
+    text = f"{whose} softmax attention is faster than JAX's in 1 of 1 entries, by up to"
+    assert f"{text} 4.0 times" in _findings.sentences(rows)
     rows = [of(case), of(case, median_ms=5.0, **peer)]
     assert _findings.sentences(rows) == ""
 

@@ -44,6 +44,9 @@ def test_rows_are_appended(tmp_path):
     _record.append(path, [second])
     _record.append(path, [first])
     assert len(path.read_text().splitlines()) == 2
+    # What the searches and matrices keep of the device is not theirs.
+    (path.parent / "blocks").mkdir()
+    (path.parent / "blocks" / "2026-01-01.jsonl").write_text('{"blocks": {}}\n')
     assert _record.read(tmp_path / "results") == [first, second]
 
 

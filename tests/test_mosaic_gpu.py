@@ -50,6 +50,7 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     reverse_bytes,
     reverse_crew,
     sweep_bytes,
+    whole_slots,
 )
 from sinkhorn_jax.attention._problem import Problem
 
@@ -184,7 +185,8 @@ def apply(problem, blocks, query, key_t, value, f, g):
 def seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
     def of_head(query, key_t, dout, value_t, f, g, df):
         plan = strips.kernel_of(query @ key_t, f, g, problem.scale)
-        return (plan * (dout @ value_t - df[:, None])).sum(axis=0)
+        moved = plan * (dout @ value_t - df[:, None])
+        return moved.sum(axis=1), moved.sum(axis=0)
 
     key_t, value_t = as_heads(key_t, len(f)), as_heads(value_t, len(f))
     return jax.vmap(of_head)(query, key_t, dout, value_t, f, g, df)
@@ -364,6 +366,7 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("changed", "num_iters"),
@@ -388,9 +391,10 @@ def test_more_kernels_agree_with_float64(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deviation", [1.0, 4.0])
-def test_a_head_in_bfloat16_is_about_as_exact_as_the_softmax(on_device, deviation):
-    """Relative to the largest entry, at most twice its error; of gradients thrice."""
+@pytest.mark.on_device
+@pytest.mark.parametrize("deviation", [1.0, 4.0, 8.0])
+def test_a_head_in_bfloat16_is_as_exact_as_the_softmax(on_device, deviation):
+    """In the root mean square, output and gradients; a quarter more at most."""
     *logits, value, cotangent = operands(256, 256, "bfloat16", n=1, h=64, d=64)
     query, key = (x * jnp.asarray(deviation**0.5, "bfloat16") for x in logits)
     arrays = query, key, value, cotangent
@@ -399,15 +403,18 @@ def test_a_head_in_bfloat16_is_about_as_exact_as_the_softmax(on_device, deviatio
     def errors(num_iters):
         out, _, grads = on_device(step(num_iters=num_iters), *arrays)
         expected = step("reference", num_iters=num_iters)(*exact(arrays))
+        pairs = zip((out, *grads), (expected[0], *expected[2]), strict=True)
         return [
-            abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()
-            for x, y in zip((out, *grads), (expected[0], *expected[2]), strict=True)
+            np.linalg.norm(x.astype("float64") - np.asarray(y)) / np.linalg.norm(y)
+            for x, y in pairs
         ]
 
     softmax, ours = errors(0), errors(10)
-    assert all(
-        x <= most * y for most, x, y in zip((2, 3, 3, 3), ours, softmax, strict=True)
-    ), (ours, softmax)
+    ratios = [x / y for x, y in zip(ours, softmax, strict=True)]
+    assert max(ratios) < 1.25, (ratios, ours, softmax)
+    # Those of queries and keys would be a third larger at a deviation of 8, were it not
+    # for what the seeds add to the cotangent of f_L.
+    assert max(ratios[1:3]) < 1.05, (ratios, ours, softmax)
 
 
 def hardest_logits(n):
@@ -469,6 +476,7 @@ def test_a_resident_head_of_hostile_logits(on_device):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 def test_vmap_agrees_with_float64(on_device):
     """Over values too, while the queries are shared."""
     query, key, _, _ = operands(40, 20, "bfloat16", n=1)
@@ -490,6 +498,7 @@ def test_vmap_agrees_with_float64(on_device):
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("is_resident", [True, False])
 def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
     if not is_resident:
@@ -554,11 +563,15 @@ def lowered(fn, *shapes, dtype):
 def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     shapes = (1, t, 2, head_dim), (1, s, 1, head_dim), (1, s, 1, value_dim)
     text = lowered(step(), *shapes, (1, t, 2, value_dim), dtype=dtype)
-    resident = {"resident", "resident_reverse"}
-    passes = {"log_row_sums", "sweep", "apply", "seed"}
-    found = set(re.findall("sinkhorn_attention_([a-z_]+)", text))
-    expected = {"pull_back"} | (resident if is_resident else passes)
-    assert found & (resident | passes | {"pull_back"}) == expected
+    names = {"resident", "resident_reverse"}
+    if not is_resident:
+        names = {"log_row_sums", "sweep", "apply", "seed"}
+    # What a tile of queries and of keys needs beside the cotangents of all queries.
+    of_all = t * head_dim <= 128 * 128 or (t <= 256 and head_dim <= 64)
+    names.add("resident_pull_back" if is_resident and of_all else "pull_back")
+    assert set(re.findall(r"sinkhorn_attention_([a-z_]+)\b", text)) >= names
+    others = {"apply", "seed", "resident", "resident_pull_back", "pull_back"} - names
+    assert not re.search(rf"sinkhorn_attention_({'|'.join(others)})\b", text)
 
 
 # Each dtype, each width of an operand, a strip that is held and one that is not, and a
@@ -751,6 +764,37 @@ def test_warpgroups_cannot_sum_across_warps():
         lowered(sums(2), (64, 64), dtype="float32")
 
 
+@pytest.mark.parametrize(
+    ("t", "head_dim", "num_iters", "slots"),
+    [
+        (256, 64, 10, 2),
+        (128, 128, 10, 1),
+        (192, 128, 10, 0),
+        (256, 128, 10, 0),
+        (256, 64, MAX_ITERS, 1),
+        (256, 64, 0, 0),
+        (320, 64, 10, 0),
+    ],
+)
+def test_short_heads_have_a_last_pass_of_one_launch(t, head_dim, num_iters, slots):
+    dims = {"head_dim": head_dim, "value_dim": head_dim}
+    short = problem(t=t, s=t, **dims, options=Options(num_iters))
+    assert whole_slots(short, default_blocks(short)) == slots
+    # In bytes: three operands of keys and values, four of each slot of queries and
+    # cotangents, the plan and its cotangent; a vector for each kernel matrix and each
+    # step, once and in each slot; the cotangent of the queries.
+    terms = num_terms(short)
+    vectors = 4 * 64 * (len(terms) + sum(terms))
+
+    def total(slots):
+        operands = 2 * 64 * head_dim * (3 + 4 * slots) + 2 * 2 * 64 * 64
+        return operands + (1 + slots) * vectors + 4 * t * head_dim
+
+    assert not slots or total(slots) <= SHARED_MEMORY
+    is_resident = default_blocks(short).period > 0
+    assert slots == 2 or not is_resident or total(slots + 1) > SHARED_MEMORY
+
+
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")
 def test_a_resident_reverse_sweep_of_hostile_logits(on_device):
     """Its cotangents in float32, of three groups of iterations, with padding."""
@@ -796,10 +840,12 @@ def test_a_resident_reverse_sweep_of_hostile_logits(on_device):
     key = padded(np.swapaxes(logits, 1, 2), 2)
     arrays = gpu_forward.Operands(eye, key, value, valid, valid)
     blocks = default_blocks(hostile)
+    # Of a plan that was rounded: the sweep finds the rest itself.
+    df = padded(dfs[-1] + rng.normal(size=dfs[-1].shape) / 64)
     with jax.default_matmul_precision("highest"):
         got = on_device(
             functools.partial(gpu_reverse.reverse, hostile, blocks),
-            *(arrays, gpu_forward.History(fs, gs), dout, padded(dfs[-1])),
+            *(arrays, gpu_forward.History(fs, gs), dout, df),
         )
     for name, x, expected in (("f", got.f, dfs), ("g", got.g, dgs)):
         assert (x[:, :, n:] == 0).all()

@@ -1,9 +1,12 @@
 """What the package needs to be imported, and what its front page promises."""
 
+import os
 import pathlib
 import re
 import subprocess
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -35,6 +38,37 @@ def test_readme_examples_run():
     rows, cols = map(float, done.stdout.split())
     assert abs(rows - 1) < 1e-5
     assert abs(cols - 1) < 1e-5
+
+
+def test_the_tests_can_ask_for_a_platform():
+    arguments = ["-p", "no:cacheprovider", "--platform", "abacus", "-n0", __file__]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--platform abacus: JAX finds no ABACUS here" in done.stderr
+
+
+def test_what_a_gpu_is_needed_for_runs_in_an_environment_that_is_there():
+    done = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "gpu", "BIN=/elsewhere"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        # Nothing of a `make` that runs the tests.
+        env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
+    )
+    commands = ["pytest --platform gpu", "benchmarks --sweeps gpu"]
+    commands += ["benchmarks.search_blocks", "benchmarks.matrices --platform gpu"]
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    assert len(lines) == len(commands)
+    for line, command in zip(lines, commands, strict=True):
+        assert f"/elsewhere/python -m {command} " in line
 
 
 def test_public_names_are_documented():

@@ -34,6 +34,8 @@ M, T, S = 2, 3, 4
 @pytest.fixture
 def interpreted(capfd):
     """Calls a function in the TPU interpreter, and sees that it reports no race."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("a TPU's kernels are interpreted on a CPU")
 
     def call(fn, *args):
         params = pltpu.InterpretParams(detect_races=True)
@@ -310,11 +312,15 @@ def test_lowers_for_tpu_in_every_size(dtype, n, batch, finish):
 
 
 @pytest.fixture
-def interpreted_for_gpu(monkeypatch):
-    """Calls a function in the GPU interpreter, and sees that it reports no race."""
+def on_gpu(monkeypatch):
+    """Calls a function on a GPU, or in the interpreter, which must see no race."""
     # Segments of a single iteration.
     monkeypatch.setattr(_mosaic_gpu, "HISTORY_BYTES", 0)
     jax.clear_caches()
+    if jax.default_backend() == "gpu":
+        yield lambda fn, *args: jax.tree.map(np.asarray, fn(*args))
+        jax.clear_caches()
+        return
 
     def call(fn, *args):
         params = gpu_interpreter.InterpretGPUParams(detect_races=True)
@@ -328,7 +334,7 @@ def interpreted_for_gpu(monkeypatch):
     jax.clear_caches()
 
 
-def test_gpu_kernels_agree_with_scaling(interpreted_for_gpu):
+def test_gpu_kernels_agree_with_scaling(on_gpu):
     logits = random(0, (130, 2, 2), scale=2.0)  # More than a block has threads.
 
     def loss(logits, implementation):
@@ -339,17 +345,18 @@ def test_gpu_kernels_agree_with_scaling(interpreted_for_gpu):
         fn = functools.partial(loss, implementation=implementation)
         return jax.jit(jax.grad(fn, has_aux=True))
 
-    got = interpreted_for_gpu(solve("mosaic_gpu"), logits)
+    got = on_gpu(solve("mosaic_gpu"), logits)
     chex.assert_trees_all_close(got, solve("scaling")(logits), atol=ATOL)
 
 
 @pytest.mark.slow
+@pytest.mark.on_device
 @pytest.mark.parametrize("case", CASES)
-def test_gpu_kernels_agree_with_float64(interpreted_for_gpu, case):
+def test_gpu_kernels_agree_with_float64(on_gpu, case):
     options = CASES[case]
     arrays = random(0, (M, T, S), scale=2.0), *marginals()
     run = functools.partial(both, "mosaic_gpu", **options)
-    got = interpreted_for_gpu(run, *arrays)
+    got = on_gpu(run, *arrays)
     expected = both("reference", *[x.astype("float64") for x in arrays], **options)
     expected = jax.tree.map(lambda x, y: y.astype(x.dtype), got, expected)
     chex.assert_trees_all_close(got, expected, atol=ATOL)

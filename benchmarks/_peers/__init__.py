@@ -47,6 +47,7 @@ class Peer(NamedTuple):
 
 PEERS: Final[Mapping[str, Peer]] = MappingProxyType(
     {
+        "cudnn_softmax": Peer("jax", "jax", "_cudnn", "softmax", is_sinkhorn=False),
         "torch_softmax": Peer("torch", "torch", "_torch", "softmax", is_sinkhorn=False),
         "torch_sinkhorn": Peer("torch", "torch", "_torch", "sinkhorn"),
         "ott_unrolled": Peer("ott-jax", "ott", "_ott", "unrolled"),

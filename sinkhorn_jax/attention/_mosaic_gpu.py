@@ -1,20 +1,20 @@
 """Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
 
-Where shared memory holds the kernel matrix of a head in float32 (192 x 192 entries with
-64 head dimensions, 128 x 256 with 128), the forward pass is one launch, and so is the
-reverse sweep of the gradient, and a program has a head. 197 x 197 are 256 x 256 in
-whole tiles, and too many.
+Where shared memory holds the kernel matrix of a head, a program has a head: the forward
+pass is one launch, the reverse sweep of the gradient another one, and its last pass a
+third where the cotangents of all queries have room beside a tile. In float32 there is
+room for 192 x 192 entries with 64 head dimensions, for 128 x 256 with 128; in bfloat16,
+for inputs in it, for 256 x 256. With 10 iterations the sweep makes every entry of the
+plan twice, the last pass three times.
 
 Otherwise a program has a strip of 64 rows and passes over all columns, tile by tile.
 One pass is one launch, because column sums cross programs: each program writes its
 share, the shares are added in one order, and results repeat to the bit. The shares are
 the largest array there is, of T S / 64 numbers a head. A pass of the iteration makes
-every entry of the plan once where shared memory holds a strip of it (768 keys, or 640
-with more than 64 head dimensions), and twice beyond. So does each pass of the reverse
-sweep, one for every iteration after another that seeds it.
-
-The last pass of the gradient is in strips always. It makes an entry three times for 10
-iterations, for dq, and again for dk and dv. A reverse sweep in one launch does twice.
+every entry once where shared memory holds a strip of it (768 keys, or 640 with more
+than 64 head dimensions), and twice beyond. So does each pass of the reverse sweep, one
+for every iteration after another that seeds it. The last pass makes entries three times
+for dq, and as often for dk and dv.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.
@@ -32,6 +32,7 @@ from ._mosaic_gpu_backward import backward
 from ._mosaic_gpu_blocks import (
     MAX_HEAD_DIM,
     MAX_ITERS,
+    Blocks,
     default_blocks,
     padded_dim,
 )
@@ -45,19 +46,20 @@ def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """Output and, on request, marginal error."""
+    return attend_in(problem, default_blocks(problem), operands)
+
+
+def attend_in(
+    problem: Problem, blocks: Blocks, operands: Operands
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
+    """The same, cut as it is said."""
     operands = vary_alike(operands)
     rows = _valid(problem.batch, problem.t, operands.query_valid)
     cols = _valid(problem.batch, problem.s, operands.key_valid)
     # Rows without columns are padding, and the other way round.
     rows, cols = rows & cols.any(axis=1)[:, None], cols & rows.any(axis=1)[:, None]
     return _attend(
-        problem,
-        default_blocks(problem),
-        rows,
-        cols,
-        operands.query,
-        operands.key,
-        operands.value,
+        problem, blocks, rows, cols, operands.query, operands.key, operands.value
     )
 
 

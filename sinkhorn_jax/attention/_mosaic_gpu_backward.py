@@ -1,10 +1,16 @@
 """Backward GPU kernels of Sinkhorn attention: the exact gradient, in closed form.
 
-A pass over the plan of the result seeds the cotangent of g_L; one pass for each k from
-L - 1 down to 0 undoes column step k + 1 and row step k, with one exponential an entry,
-because they have f_k in common. The last pass takes off the cotangent of the logits
-what all steps add to it, for dq, and once more for dk and dv, which are sums over the
-other side of a tile. Steps share kernel matrices there (`_mosaic_gpu_correction`).
+A pass over the plan of the result seeds the cotangents of f_L and g_L; one pass for
+each k from L - 1 down to 0 undoes column step k + 1 and row step k, with one
+exponential an entry, because they have f_k in common. The last pass takes off the
+cotangent of the logits what all steps add to it, for dq, and once more for dk and dv,
+which are sums over the other side of a tile. Steps share kernel matrices there
+(`_mosaic_gpu_correction`). Heads that shared memory holds have other passes
+(`_mosaic_gpu_resident_backward`, `_mosaic_gpu_resident_pull_back`).
+
+The output is of a plan that was rounded for the tensor cores, and so is df = rowsum(dO
+* O). A row of the cotangent of the logits would not sum to 0 then. What the seeds find
+left in the rows is added to df.
 """
 
 import jax
@@ -13,10 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from ._mosaic_gpu_blocks import Blocks, num_terms, pull_back_slots
-from ._mosaic_gpu_correction import Cotangents, correction, moved
+from ._mosaic_gpu_blocks import Blocks, pull_back_slots, whole_slots
+from ._mosaic_gpu_correction import Cotangents, correction, dlogits, moved
 from ._mosaic_gpu_forward import History, Operands, sweep
 from ._mosaic_gpu_resident_backward import reverse
+from ._mosaic_gpu_resident_pull_back import pull_back_whole
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -24,7 +31,6 @@ from ._mosaic_gpu_strips import (
     call_kernel,
     head_and_strip,
     kernel_of,
-    less_outer,
     load,
     of_cols,
     of_rows,
@@ -34,7 +40,7 @@ from ._mosaic_gpu_strips import (
     shared_head,
     span,
     vector,
-    zero_tile,
+    zeros,
 )
 from ._problem import Problem
 
@@ -49,15 +55,17 @@ def backward(
 ) -> tuple[Float[Array, "BN T H"], Float[Array, "BN S H"], Float[Array, "BN S D"]]:
     """Cotangents of query, key and value in float32, of each query head by itself."""
     query, key, value, *_ = operands
-    # Rounding of `out` would be a cotangent of f_L that no row sum cancels.
     df = (dout.astype(jnp.float32) * out).sum(axis=2)
     if blocks.period:
         cotangents = reverse(problem, blocks, operands, history, dout, df)
     else:
         cotangents = _cotangents(problem, blocks, operands, history, dout, df)
     terms = correction(problem, operands, history, cotangents)
-    (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
-    dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)
+    if whole_slots(problem, blocks):
+        dq, dk, dv = pull_back_whole(problem, blocks, terms, query, key, value, dout)
+    else:
+        (dq,) = _pull_back(problem, terms, query, key, dout, value, None)
+        dk, dv = _pull_back(problem, terms.transposed(), key, query, value, dout, dout)
     scale = jnp.float32(problem.scale)
     return dq * scale, dk * scale, dv
 
@@ -69,7 +77,7 @@ def _cotangents(problem, blocks, operands, history, dout, df):
         return Cotangents(df[None], g[:0])
     key_t, value_t = (jnp.swapaxes(x, 1, 2) for x in (operands.key, operands.value))
     cols, share = operands.cols, operands.share
-    sums = _seed(
+    rest, sums = _seed(
         problem, blocks, operands.query, key_t, dout, value_t, f[-1], g[-1], df
     )
 
@@ -84,19 +92,23 @@ def _cotangents(problem, blocks, operands, history, dout, df):
 
     before = jnp.concatenate([g[2:], g[-1:]])
     _, (dfs, dgs) = jax.lax.scan(undo, sums, (f[:-1], g[1:], before), reverse=True)
-    return Cotangents(jnp.concatenate([dfs, df[None]]), dgs)
+    return Cotangents(jnp.concatenate([dfs, (df + rest)[None]]), dgs)
 
 
 def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
-    """Column sums of P * (dout value^T - df): the cotangent of g_L."""
+    """Row and column sums of P * (dout value^T - df).
+
+    The rows have the cotangent of f_L that is not in df, the columns have that of g_L.
+    """
     heads, tile, h, d = f.shape[0], blocks.tile, query.shape[2], dout.shape[2]
     groups = heads // key_t.shape[0]
 
     def body(query_ref, key_ref, dout_ref, value_ref, f_ref, df_ref, g_ref, *rest: Ref):
         # query [BN, T, H], key [BK, H, S], dout [BN, T, D], value [BK, D, S], f, df
-        # [BN, T], g [BN, S]; shares [BN, T / tile, S]. Shared: query [tile, H], dout
-        # [tile, D], f, df [tile], key [2, H, tile], value [2, D, tile], g [2, tile].
-        shares_ref, q_tile, do_tile, f_tile, df_tile, *scratch = rest
+        # [BN, T], g [BN, S]; sums [BN, T], shares [BN, T / tile, S]. Shared: query
+        # [tile, H], dout [tile, D], f, df [tile], key [2, H, tile], value [2, D, tile],
+        # g [2, tile].
+        sums_ref, shares_ref, q_tile, do_tile, f_tile, df_tile, *scratch = rest
         k_tile, v_tile, g_tile, row_barrier, barrier = scratch
         n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
@@ -119,21 +131,26 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
                 (g_ref.at[n, cols], g_tile),
             )
 
-        def step(j, slot, carry):
+        def step(j, slot, sums):
             products = product(q_tile, k_tile.at[slot])
             plan = kernel_of(products, f, of_cols(g_tile, slot), problem.scale)
             dplan = product(do_tile, v_tile.at[slot])
             moved = plan * (dplan - along_rows(df, plan))
             shares_ref[n, i, span(j, tile)] = moved.sum(axis=0)
-            return carry
+            return sums + moved.sum(axis=1)
 
-        over_tiles(blocks.num_col_tiles, 2, barrier, copies, step, jnp.int32(0))
+        sums_ref[n, rows] = over_tiles(
+            blocks.num_col_tiles, 2, barrier, copies, step, zeros(tile)
+        )
 
-    (shares,) = call_kernel(
+    sums, shares = call_kernel(
         body,
         "sinkhorn_attention_seed",
         heads * blocks.num_row_tiles,
-        [vector(heads, blocks.num_row_tiles, blocks.cols)],
+        [
+            vector(heads, blocks.rows),
+            vector(heads, blocks.num_row_tiles, blocks.cols),
+        ],
         [
             operand(tile, h, dtype=problem.dtype),
             operand(tile, d, dtype=problem.dtype),
@@ -153,7 +170,7 @@ def _seed(problem, blocks, query, key_t, dout, value_t, f, g, df):
         df,
         g,
     )
-    return shares.sum(axis=1)
+    return sums, shares.sum(axis=1)
 
 
 def _pull_back(problem, terms, x, y, dx, dy, other):
@@ -219,26 +236,18 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
                 products = product(x_tile, y_t_tile.at[slot])
                 dplan = product(dx_tile, dy_t_tile.at[slot])
 
-                def kernel_at(i):
-                    f, g = of_rows(f_tile, i), of_cols(g_tile, slot, i)
-                    return kernel_of(products, f, g, problem.scale)
+                def take_plan(plan):
+                    if other is not None:
+                        add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
 
-                def less_terms(x, first, count):
-                    def step(k, x):
-                        left = of_rows(left_tile, k)
-                        return less_outer(x, left, of_cols(right_tile, slot, k))
-
-                    first, last = jnp.int32(first), jnp.int32(first + count)
-                    return jax.lax.fori_loop(first, last, step, x)
-
-                plan = kernel_at(0)
-                if other is not None:
-                    add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
-                first, *counts = num_terms(problem)
-                dz = plan * less_terms(dplan, 0, first)
-                for i, count in enumerate(counts, start=1):
-                    terms = less_terms(zero_tile(tile), first, count)
-                    dz, first = dz + kernel_at(i) * terms, first + count
+                dz = dlogits(
+                    problem,
+                    products,
+                    dplan,
+                    lambda m: (of_rows(f_tile, m), of_cols(g_tile, slot, m)),
+                    lambda k: (of_rows(left_tile, k), of_cols(right_tile, slot, k)),
+                    take_plan,
+                )
                 add_product(acc_ref, dz, dz_tile, y_tile.at[slot])
                 return carry
 

@@ -101,8 +101,7 @@ def default_blocks(problem: Problem) -> Blocks:
         blocks = dataclasses.replace(blocks, is_held=False)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
         return blocks
-    # What is rounded to bfloat16 is not good enough for float16.
-    for dtype in get_args(HeadDtype)[: 2 if problem.dtype == jnp.bfloat16 else 1]:
+    for dtype in head_dtypes(problem):
         resident = dataclasses.replace(
             blocks, period=max_period(problem), head_dtype=dtype
         )
@@ -113,6 +112,12 @@ def default_blocks(problem: Problem) -> Blocks:
         if max(needs) <= SHARED_MEMORY:
             return resident
     return blocks
+
+
+def head_dtypes(problem: Problem) -> tuple[HeadDtype, ...]:
+    """That a kernel matrix may be kept in: float16 inputs would lose in bfloat16."""
+    wide: tuple[HeadDtype, ...] = get_args(HeadDtype)
+    return wide if problem.dtype == jnp.bfloat16 else wide[:1]
 
 
 def max_period(problem: Problem) -> int:
@@ -229,6 +234,20 @@ def num_terms(problem: Problem) -> list[int]:
         min(last, num_iters - 1) - first + 1 + last - max(first, 1) + 1
         for _, first, last in groups(problem)
     ] + [1]
+
+
+def whole_slots(problem: Problem, blocks: Blocks) -> int:
+    """Tiles under way at once in a last pass of one launch; 0 if there is no room."""
+    if not blocks.period:
+        return 0
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    terms = num_terms(problem)
+    vectors = 4 * blocks.tile * (len(terms) + sum(terms))
+    of_tile = problem.dtype.itemsize * blocks.tile
+    once = of_tile * (2 * h + d + 2 * blocks.tile) + vectors + 4 * blocks.rows * h
+    at_once = of_tile * 2 * (h + d) + vectors
+    room = (SHARED_MEMORY - once) // at_once
+    return max(0, min(2, room))
 
 
 def pull_back_slots(problem: Problem, tile: int) -> int:

@@ -19,14 +19,16 @@ What float32 lost of E then is less than 1e-8 of a sum, or of the largest weight
 them out of range if they are above 1e6 themselves, in units of the output's cotangent.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from ._mosaic_gpu_blocks import groups
+from ._mosaic_gpu_blocks import groups, num_terms
 from ._mosaic_gpu_forward import History, Operands
+from ._mosaic_gpu_strips import kernel_of, less_outer, zero_tile
 from ._problem import Problem
 
 
@@ -96,3 +98,40 @@ def correction(
         jnp.concatenate(right),
     )
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), result)
+
+
+def dlogits(
+    problem: Problem,
+    products: Float[Array, "I J"],
+    dplan: Float[Array, "I J"],
+    potentials: Callable[[int], tuple[Float[Array, " I"], Float[Array, " J"]]],
+    term: Callable[[Int[Array, ""]], tuple[Float[Array, " I"], Float[Array, " J"]]],
+    take_plan: Callable[[Float[Array, "I J"]], None],
+) -> Float[Array, "I J"]:
+    """The cotangent of a tile of logits, in a kernel.
+
+    Args:
+        problem: Says which terms belong to which kernel matrix.
+        products: Of queries and keys.
+        dplan: The cotangent of the plan.
+        potentials: Of a kernel matrix.
+        term: Left and right vector of a term.
+        take_plan: Is given the plan on the way, before more is in registers.
+    """
+
+    def kernel(i):
+        return kernel_of(products, *potentials(i), problem.scale)
+
+    def less_terms(x, first, count):
+        first, last = jnp.int32(first), jnp.int32(first + count)
+        return jax.lax.fori_loop(first, last, lambda k, x: less_outer(x, *term(k)), x)
+
+    plan = kernel(0)
+    take_plan(plan)
+    first, *counts = num_terms(problem)
+    dz = plan * less_terms(dplan, 0, first)
+    for i, count in enumerate(counts, start=1):
+        # Before there is another kernel, which takes as many registers as their sum.
+        terms = less_terms(zero_tile(products.shape[0]), first, count)
+        dz, first = dz + kernel(i) * terms, first + count
+    return dz

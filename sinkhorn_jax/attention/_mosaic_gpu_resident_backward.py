@@ -1,22 +1,27 @@
 """The reverse sweep in one launch, with a head's kernel matrix in shared memory.
 
-A block of threads has a head, whose strips and tiles its warpgroups share. It makes E =
-exp(Z + f_c + g_c) of an iteration c once for a group of iterations, the first time
-together with the seed, which are the column sums of E * (dO V^T - df_L). It holds the
-transpose of E, with keys as rows, for these sums to stay in the registers of a warp.
-From the cotangent of g_{k+1} it then finds
+A block of threads has a head, whose strips and tiles its warpgroups share. With E =
+exp(Z + f_c + g_c) of an iteration c the seeds are what dO V^T - df_L has left of E in
+its rows, which is added to df_L, and then in its columns. E is made for the former, and
+once for each group of iterations, the first time with the latter. Its transpose is
+held, with keys as rows, for those sums to stay in the registers of a warp. From the
+cotangent of g_{k+1} it then finds
 
     x = E (v' dg_{k+1} / b)      df_k = -u x      dg_k = v * E^T (u * u x)
 
 with the factors u, v' and v of `_mosaic_gpu_correction`, which says why nothing that
-matters is lost of E. Of each entry that is one exponential for a group.
+matters is lost of E. Of each entry that is one exponential for a group, and one for
+the seeds.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._mosaic_gpu_blocks import Blocks, groups, reverse_crew
 from ._mosaic_gpu_correction import Cotangents, base_of, moved
@@ -25,6 +30,7 @@ from ._mosaic_gpu_held import Held, in_tiles, matrix, of_sums, team
 from ._mosaic_gpu_strips import (
     Ref,
     along_cols,
+    along_rows,
     call_kernel,
     kernel_of,
     load,
@@ -41,6 +47,20 @@ from ._mosaic_gpu_strips import (
 from ._problem import Problem
 
 
+class Side(NamedTuple):
+    """Where factors of the logits and of the plan's cotangent are, of rows or columns.
+
+    Attributes:
+        strips: Both, with a row for each row of a strip.
+        tiles: Both, with a column for each column of a tile.
+        num_tiles: How many.
+    """
+
+    strips: Callable[[Int[Array, ""]], tuple[Ref, Ref]]
+    tiles: Callable[[Int[Array, ""]], tuple[Ref, Ref]]
+    num_tiles: int
+
+
 def reverse(
     problem: Problem,
     blocks: Blocks,
@@ -49,13 +69,18 @@ def reverse(
     dout: Float[Array, "BN T D"],
     df: Float[Array, "BN T"],
 ) -> Cotangents:
-    """Cotangents of all potentials, from that of the output and of f_L."""
+    """Cotangents of all potentials, from that of the output.
+
+    `df` is that of f_L, as the output has it; what the rounded plan of it left out is
+    added from the plan itself.
+    """
     query, key, value, *_ = operands
     heads, tile, h, d = len(df), blocks.tile, query.shape[2], dout.shape[2]
     kv_groups = heads // key.shape[0]
     num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
     num_iters = problem.options.num_iters
     size, num_slots = reverse_crew(problem, blocks)
+    sides = query, dout, key, value
     bases, factors = _factors(problem, operands, history)
     # Groups after the first one are equally long, but for the last.
     (_, start, _), *others = groups(problem)
@@ -64,31 +89,52 @@ def reverse(
     def body(*refs: Ref):
         # key [BK, S, H], query [BN, H, T], value [BK, S, D], dout [BN, D, T], df [BN,
         # T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u [L,
-        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [L, BN, T], dgs
-        # [L, BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left [T /
-        # tile, tile], g, dg, right [S / tile, tile], u [2, T / tile, tile], next_v, v
-        # [2, S / tile, tile]. Of each warpgroup: key [tile, H], query [slots, H, tile],
-        # value [tile, D], dout [slots, D, tile].
-        key_ref, query_ref, value_ref, dout_ref, df_ref, f_ref, g_ref, *rest = refs
-        u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, e_tile, *rest = rest
-        k_tile, q_tile, v_tile, do_tile, df_tile, f_tile, left_tile, *rest = rest
+        # query, dout [BN, T, H or D], key, value [BK, S, H or D], their transposes, df
+        # [BN, T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u
+        # [L, BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T],
+        # dgs [L, BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left
+        # [T / tile, tile], g, dg, right [S / tile, tile], u [2, T / tile, tile],
+        # next_v, v [2, S / tile, tile]. Of each warpgroup: strips [tile, H or D], and
+        # tiles [slots, H or D, tile].
+        query_ref, dout_ref, key_ref, value_ref, *rest = refs
+        query_t_ref, dout_t_ref, key_t_ref, value_t_ref, *rest = rest
+        df_ref, f_ref, g_ref, u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, *rest = rest
+        e_tile, x_tile, dx_tile, y_tile, dy_tile, df_tile, f_tile, left_tile, *rest = (
+            rest
+        )
         g_tile, dg_tile, right_tile, u_tile, next_v_tile, v_tile_of_step, *rest = rest
         once, base_barrier, strip_barrier, seed_barrier, *rest = rest
         barrier, seeds, steps, meeting = rest
         n = jax.lax.axis_index("program")
         kv = shared_head(n, kv_groups)
         held, crew = Held(e_tile), team(size, meeting)
+        my_strip, my_dstrip = x_tile.at[crew.me], dx_tile.at[crew.me]
         my_first_slot = crew.me * jnp.int32(num_slots)
-        my_keys, my_values = k_tile.at[crew.me], v_tile.at[crew.me]
+        queries = Side(
+            lambda i: (query_ref.at[n, span(i, tile)], dout_ref.at[n, span(i, tile)]),
+            lambda i: (
+                query_t_ref.at[n, :, span(i, tile)],
+                dout_t_ref.at[n, :, span(i, tile)],
+            ),
+            num_rows,
+        )
+        keys = Side(
+            lambda j: (key_ref.at[kv, span(j, tile)], value_ref.at[kv, span(j, tile)]),
+            lambda j: (
+                key_t_ref.at[kv, :, span(j, tile)],
+                value_t_ref.at[kv, :, span(j, tile)],
+            ),
+            num_cols,
+        )
 
         def load_base(q):
             # All are done with the last one.
             copies = [(f_ref.at[q, n], f_tile), (g_ref.at[q, n], g_tile)]
             crew.load(base_barrier, copies)
 
-        def over_queries(barrier_ref, copies, step, carry):
+        def over_my_tiles(num_tiles, barrier_ref, copies, step, carry):
             return over_tiles(
-                num_rows,
+                num_tiles,
                 num_slots,
                 barrier_ref,
                 copies,
@@ -97,47 +143,61 @@ def reverse(
                 first_slot=my_first_slot,
             )
 
-        def query_copies(i):
-            return (query_ref.at[n, :, span(i, tile)], q_tile)
-
-        def put_kernel(j, i, slot):
-            products = product(my_keys, q_tile.at[slot])
-            f, g = of_cols(f_tile, i), of_rows(g_tile, j)
-            kernel = kernel_of(products, g, f, problem.scale)
-            held.put(j, i, kernel)
-            return kernel
-
         def make(j):
             plgpu.commit_smem()  # All threads are done with the last strip.
-            copies = [(key_ref.at[kv, span(j, tile)], my_keys)]
-            load(strip_barrier.at[crew.me], copies)
+            load(strip_barrier.at[crew.me], [(keys.strips(j)[0], my_strip)])
+            g = of_rows(g_tile, j)
 
             def step(i, slot, nothing):
-                put_kernel(j, i, slot)
+                products = product(my_strip, y_tile.at[slot])
+                f = of_cols(f_tile, i)
+                held.put(j, i, kernel_of(products, g, f, problem.scale))
                 return nothing
 
-            over_queries(barrier, lambda i: [query_copies(i)], step, jnp.int32(0))
+            def copies(i):
+                return [(queries.tiles(i)[0], y_tile)]
+
+            over_my_tiles(num_rows, barrier, copies, step, jnp.int32(0))
+
+        def with_cotangents(x, i, y, step, carry):
+            # step(j, products and the plan's cotangents, strip i by tile j, carry)
+            plgpu.commit_smem()
+            targets = my_strip, my_dstrip
+            load(seed_barrier.at[crew.me], list(zip(x.strips(i), targets, strict=True)))
+
+            def copies(j):
+                return list(zip(y.tiles(j), (y_tile, dy_tile), strict=True))
+
+            def multiply(j, slot, carry):
+                products = product(my_strip, y_tile.at[slot])
+                dplan = product(my_dstrip, dy_tile.at[slot])
+                return step(j, products, dplan, carry)
+
+            return over_my_tiles(y.num_tiles, seeds, copies, multiply, carry)
+
+        def seed_row(i):
+            f, df = of_rows(f_tile, i), of_rows(df_tile, i)
+
+            def step(j, products, dplan, rest):
+                plan = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                return rest + (plan * (dplan - along_rows(df, plan))).sum(axis=1)
+
+            df = df + with_cotangents(queries, i, keys, step, zeros(tile))
+            df_tile[i] = df
+            dfs_ref[num_iters, n, span(i, tile)] = df
 
         def make_and_seed(j):
-            plgpu.commit_smem()
-            rows = span(j, tile)
-            load(
-                seed_barrier.at[crew.me],
-                [(key_ref.at[kv, rows], my_keys), (value_ref.at[kv, rows], my_values)],
-            )
+            g = of_rows(g_tile, j)
 
-            def copies(i):
-                return query_copies(i), (dout_ref.at[n, :, span(i, tile)], do_tile)
-
-            def step(i, slot, sums):
-                plan = put_kernel(j, i, slot)
-                dplan = product(my_values, do_tile.at[slot])
+            def step(i, products, dplan, dg):
+                plan = kernel_of(products, g, of_cols(f_tile, i), problem.scale)
+                held.put(j, i, plan)
                 more = plan * (dplan - along_cols(of_cols(df_tile, i), plan))
-                return sums + more.sum(axis=1)
+                return dg + more.sum(axis=1)
 
-            dg = over_queries(seeds, copies, step, zeros(tile))
+            dg = with_cotangents(keys, j, queries, step, zeros(tile))
             dg_tile[j] = dg
-            dgs_ref[num_iters - 1, n, rows] = dg
+            dgs_ref[num_iters - 1, n, span(j, tile)] = dg
 
         def factors_of(step):
             k = jnp.int32(num_iters - 1) - step
@@ -183,6 +243,8 @@ def reverse(
 
         crew.load(once, [(df_ref.at[n], df_tile)])
         load_base(0)
+        crew.share(num_rows, seed_row)
+        crew.meet()
         crew.share(num_cols, make_and_seed)
         crew.meet()
         over_tiles(
@@ -202,13 +264,14 @@ def reverse(
         body,
         "sinkhorn_attention_resident_reverse",
         heads,
-        [vector(num_iters, heads, blocks.rows), vector(num_iters, heads, blocks.cols)],
+        [
+            vector(num_iters + 1, heads, blocks.rows),
+            vector(num_iters, heads, blocks.cols),
+        ],
         [
             matrix(num_cols, num_rows, blocks),
-            operand(size, tile, h, dtype=problem.dtype),
-            operand(size * num_slots, h, tile, dtype=problem.dtype),
-            operand(size, tile, d, dtype=problem.dtype),
-            operand(size * num_slots, d, tile, dtype=problem.dtype),
+            *(operand(size, tile, x, dtype=problem.dtype) for x in (h, d)),
+            *(operand(size * num_slots, x, tile, dtype=problem.dtype) for x in (h, d)),
             *[vectors(num_rows)] * 3,
             *[vectors(num_cols)] * 3,
             vectors(2, num_rows),
@@ -222,14 +285,12 @@ def reverse(
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
             plgpu.Barrier(num_arrivals=size),
         ],
-        key,
-        jnp.swapaxes(query, 1, 2),
-        value,
-        jnp.swapaxes(dout, 1, 2),
+        *sides,
+        *(jnp.swapaxes(x, 1, 2) for x in sides),
         *(in_tiles(x, tile) for x in (df, *bases, *factors)),
         num_warpgroups=size,
     )
-    return Cotangents(jnp.concatenate([dfs, df[None]]), dgs / operands.share[None])
+    return Cotangents(dfs, dgs / operands.share[None])
 
 
 def _factors(problem, operands, history):
