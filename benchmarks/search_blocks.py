@@ -35,6 +35,7 @@ from sinkhorn_jax.attention import _mosaic_gpu
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     SHARED_MEMORY,
     Blocks,
+    Crew,
     default_blocks,
     head_dtypes,
     max_period,
@@ -60,6 +61,8 @@ CHOICES: Final[Mapping[str, Callable[[Problem], Sequence[Any]]]] = {
         (0, max_period(problem)) if problem.options.num_iters else (0,)
     ),
     "head_dtype": head_dtypes,
+    # A shorter side has no work for more; three of four tiles are two turns as of two.
+    "max_warpgroups": lambda problem: (1, 2, 4),
 }
 # Largest error of an array, relative to its largest entry: the kernels round the plan
 # and its gradient to 8 or 11 bits.
@@ -143,8 +146,8 @@ def fits(problem: Problem, blocks: Blocks) -> bool:
     """Whether shared memory has room, in the passes and for a resident head."""
     needed = [sweep_bytes(problem, blocks)]
     if blocks.period:
-        needed.append(resident_bytes(problem, blocks))
-        needed.append(reverse_bytes(problem, blocks, 1))
+        needed.append(resident_bytes(problem, blocks, Crew(1, 2)))
+        needed.append(reverse_bytes(problem, blocks, Crew(1, 1)))
     return max(needed) <= SHARED_MEMORY
 
 

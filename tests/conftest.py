@@ -17,6 +17,9 @@ os.environ.setdefault(
 )
 # On a GPU the processes share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Warpgroups of an interpreted GPU kernel wait for each other, each in a thread of XLA's
+# pool. It has one for each core otherwise, and two cores would wait for ever.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import jaxtyping

@@ -39,6 +39,7 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     MAX_ITERS,
     SHARED_MEMORY,
     Blocks,
+    Crew,
     allocated,
     default_blocks,
     groups,
@@ -46,8 +47,9 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     num_terms,
     pull_back_slots,
     resident_bytes,
+    resident_crew,
     reverse_bytes,
-    reverse_slots,
+    reverse_crew,
     sweep_bytes,
     whole_slots,
 )
@@ -131,18 +133,6 @@ def test_log_sum_over_tiles_in_any_cut(tile):
         np.testing.assert_allclose(log_sum(*cuts), expected, rtol=1e-6)
     nothing = strips.log_sum(least, products, jnp.full(9, -jnp.inf, "float32"), 2.0)
     assert (nothing[0] + jnp.log(nothing[1]) == -np.inf).all()
-
-
-def test_log_sum_of_columns_is_that_of_the_rows_transposed(tile):
-    products, f, _ = tile
-    least = jnp.full(9, jnp.finfo("float32").min), jnp.zeros(9, "float32")
-    carry = strips.log_sum_of_cols(least, products[:2], f[:2])
-    # The last row is padding.
-    got = strips.log_sum_of_cols(carry, products[2:], f[2:])
-    x = np.asarray(products, "float64") + np.asarray(f, "float64")[:, None]
-    np.testing.assert_allclose(
-        got[0] + jnp.log(got[1]), reference.logsumexp(x, 0), rtol=1e-6
-    )
 
 
 def test_sums_and_shares_of_a_tile(tile):
@@ -371,7 +361,10 @@ def on_device():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"head_dtype": "bfloat16"}, {"period": 0}], ids=str
+    "changed",
+    # Three tiles of two warpgroups: one waits while the other has the last.
+    [{"head_dtype": "bfloat16", "max_warpgroups": 2}, {"period": 0}],
+    ids=str,
 )
 def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
     """All of them: several strips and tiles, padding, heads that share keys."""
@@ -395,7 +388,8 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
     [({"is_held": x, "period": 0}, k) for x in (True, False) for k in (0, 1, 3)]
     # The kernel matrix of a head made once, and twice.
     + [({}, 1), ({}, 3), ({"period": 2}, 3)]
-    + [({"head_dtype": "bfloat16", "period": 2}, 3)],
+    + [({"head_dtype": "bfloat16", "period": 2}, 3)]
+    + [({"max_warpgroups": 1}, 3)],
     ids=str,
 )
 def test_more_kernels_agree_with_float64(
@@ -492,7 +486,7 @@ def test_a_resident_head_of_hostile_logits(on_device):
     with jax.default_matmul_precision("highest"):
         plan, fs, gs, sums = on_device(
             functools.partial(gpu_resident.solve, hostile, blocks),
-            *(eye, padded(logits), eye, valid, valid, share),
+            *(eye, np.swapaxes(padded(logits), 1, 2), eye, valid, valid, share),
         )
     for i, (name, z) in enumerate(named.items()):
         f, g = reference.potentials(z.astype("float64"), num_iters)[:2]
@@ -736,13 +730,15 @@ def test_short_heads_are_held(t, s, head_dim, dtype, head_dtype):
     blocks = default_blocks(short)
     assert (blocks.period > 0) == (head_dtype is not None)
     assert blocks.head_dtype == (head_dtype or "float32")
-    # In bytes: the kernel matrix; a tile of queries, two of keys and two of values, one
-    # of the plan; three vectors of rows and four of columns.
+    # In bytes: the kernel matrix; a tile of queries, two of keys and two of values,
+    # which lie with the keys where they have their shape; three vectors of rows and
+    # four of columns.
     vectors = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
     itemsize = jnp.dtype(blocks.head_dtype).itemsize
-    total = itemsize * blocks.rows * blocks.cols + 2 * 64 * (5 * head_dim + 64)
-    assert resident_bytes(short, blocks) == total + vectors
-    assert (total + vectors <= SHARED_MEMORY) == (head_dtype is not None)
+    total = itemsize * blocks.rows * blocks.cols + vectors
+    total += 2 * 64 * head_dim * (5 if head_dim == 128 else 3)
+    assert resident_bytes(short, blocks, Crew(1, 2)) == total
+    assert (total <= SHARED_MEMORY) == (head_dtype is not None)
     softmax = default_blocks(problem(t=t, s=s, **dims, options=Options(0)))
     assert softmax.period == 0
 
@@ -756,23 +752,73 @@ def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
         short = problem(t=t, s=s, **dims)
         blocks = default_blocks(short)
         if blocks.period:
-            slots = reverse_slots(short, blocks)
-            assert reverse_bytes(short, blocks, slots) <= SHARED_MEMORY
-            held.append((t, s, slots))
-    # In bytes: the kernel matrix; a tile of queries and cotangents, one or two of keys
-    # and values; five vectors of rows and seven of columns.
-    t, s, slots = max(held)
-    assert (t, s) >= (256, 256)
-    blocks = default_blocks(problem(t=t, s=s, **dims))
-    total = jnp.dtype(blocks.head_dtype).itemsize * t * s
-    total += 2 * 64 * (1 + slots) * (head_dim + value_dim)
-    assert reverse_bytes(problem(t=t, s=s, **dims), blocks, slots) == (
-        total
-        + 3 * (allocated(4 * t) + allocated(4 * s))
-        + allocated(8 * t)
-        + 2 * allocated(8 * s)
-    )
-    assert {1, 2} >= {slots for *_, slots in held}
+            crew = resident_crew(short, blocks)
+            assert resident_bytes(short, blocks, crew) <= SHARED_MEMORY
+            crew = reverse_crew(short, blocks)
+            assert reverse_bytes(short, blocks, crew) <= SHARED_MEMORY
+            assert crew.size <= min(blocks.max_warpgroups, max(t, s) // 64)
+            held.append((t, s, crew))
+    # In bytes: the kernel matrix; of each warpgroup, a tile of keys and values, one or
+    # two of queries and cotangents; three vectors of either side, and of the steps two
+    # of one for rows and of two for columns.
+    for t, s, crew in held:
+        blocks = default_blocks(problem(t=t, s=s, **dims))
+        total = allocated(jnp.dtype(blocks.head_dtype).itemsize * t * s)
+        total += crew.size * 2 * 64 * (1 + crew.num_slots) * (head_dim + value_dim)
+        total += (
+            3 * (allocated(4 * t) + allocated(4 * s))
+            + allocated(8 * t)
+            + 2 * allocated(8 * s)
+        )
+        assert reverse_bytes(problem(t=t, s=s, **dims), blocks, crew) == total
+    assert max(held)[:2] >= (256, 256)
+    assert {1, 2} == {crew.num_slots for *_, crew in held}
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "head_dim", "forwards", "backwards"),
+    [
+        (64, 64, 64, (1, 2), (1, 2)),
+        (128, 128, 64, (2, 2), (2, 2)),
+        (192, 192, 64, (3, 2), (2, 1)),
+        # Three would take as many turns as two.
+        (197, 197, 64, (4, 1), (2, 1)),
+        (197, 197, 128, (1, 2), (1, 1)),
+        (64, 256, 64, (4, 2), (4, 1)),
+    ],
+)
+def test_as_many_warpgroups_as_there_is_room_for(t, s, head_dim, forwards, backwards):
+    short = problem(t=t, s=s, head_dim=head_dim, value_dim=head_dim)
+    blocks = default_blocks(short)
+    assert resident_crew(short, blocks) == forwards
+    assert reverse_crew(short, blocks) == backwards
+    alone = dataclasses.replace(blocks, max_warpgroups=1)
+    assert resident_crew(short, alone).size == reverse_crew(short, alone).size == 1
+
+
+def test_warpgroups_cannot_sum_across_warps():
+    """All would do it in one place in shared memory, and no interpreter sees that."""
+
+    def sums(num_warpgroups):
+        def body(x_ref, sums_ref, tile_ref, barrier_ref):
+            strips.load(barrier_ref, [(x_ref, tile_ref)])
+            tile = plgpu.layout_cast(tile_ref[...], strips.TILE)
+            sums_ref[...] = tile.sum(axis=0)
+
+        scratch = strips.operand(64, 64, dtype=jnp.dtype("float32")), plgpu.Barrier()
+        return lambda x: strips.call_kernel(
+            body,
+            "sums",
+            1,
+            [strips.vector(64)],
+            scratch,
+            x,
+            num_warpgroups=num_warpgroups,
+        )
+
+    assert "sums" in lowered(sums(1), (64, 64), dtype="float32")
+    with pytest.raises(Exception, match="reduction scratch size"):
+        lowered(sums(2), (64, 64), dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -931,5 +977,7 @@ def test_blocks_are_whole_tiles():
         dataclasses.replace(blocks, tile=32)
     with pytest.raises(ValueError, match="period must be at least 0, got -1"):
         dataclasses.replace(blocks, period=-1)
+    with pytest.raises(ValueError, match="max_warpgroups must be at least 1, got 0"):
+        dataclasses.replace(blocks, max_warpgroups=0)
     with pytest.raises(ValueError, match="num_col_tiles must be at least 1, got 0"):
         Blocks(tile=64, num_row_tiles=1, num_col_tiles=0, is_held=True)

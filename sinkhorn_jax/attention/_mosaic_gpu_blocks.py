@@ -32,6 +32,7 @@ class Blocks:
             memory, in one launch for all. 0 for a launch each.
         head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
             range; its entries are rounded like the plan before it meets the values.
+        max_warpgroups: That may share such a head. With 4, a thread has 128 registers.
     """
 
     tile: int
@@ -40,6 +41,7 @@ class Blocks:
     is_held: bool
     period: int = 0
     head_dtype: HeadDtype = "float32"
+    max_warpgroups: int = 4
 
     def __post_init__(self):
         if self.tile != 64:
@@ -47,7 +49,12 @@ class Blocks:
                 f"Blocks.tile must be 64, got {self.tile}: a warpgroup's matrix "
                 "product has 64 rows, and either side of a tile becomes its rows."
             )
-        for name, least in (("num_row_tiles", 1), ("num_col_tiles", 1), ("period", 0)):
+        for name, least in (
+            ("num_row_tiles", 1),
+            ("num_col_tiles", 1),
+            ("period", 0),
+            ("max_warpgroups", 1),
+        ):
             if (count := getattr(self, name)) < least:
                 raise ValueError(
                     f"Blocks.{name} must be at least {least}, got {count}."
@@ -69,6 +76,18 @@ class Blocks:
         return self.tile * self.num_col_tiles
 
 
+class Crew(NamedTuple):
+    """Who works on a head in one block of threads.
+
+    Attributes:
+        size: Warpgroups. They share its kernel matrix and its vectors.
+        num_slots: Tiles that each has under way at once: 2, or 1 for room.
+    """
+
+    size: int
+    num_slots: int
+
+
 def default_blocks(problem: Problem) -> Blocks:
     """Tiles that cover the problem; what shared memory has room for is held."""
     tile = 64
@@ -86,7 +105,10 @@ def default_blocks(problem: Problem) -> Blocks:
         resident = dataclasses.replace(
             blocks, period=max_period(problem), head_dtype=dtype
         )
-        needs = resident_bytes(problem, resident), reverse_bytes(problem, resident, 1)
+        needs = (
+            resident_bytes(problem, resident, Crew(1, 2)),
+            reverse_bytes(problem, resident, Crew(1, 1)),
+        )
         if max(needs) <= SHARED_MEMORY:
             return resident
     return blocks
@@ -110,27 +132,57 @@ def max_period(problem: Problem) -> int:
     return max(1, int(most) - 1)
 
 
-def resident_bytes(problem: Problem, blocks: Blocks) -> int:
+def resident_crew(problem: Problem, blocks: Blocks) -> Crew:
+    """Of a resident head's forward pass."""
+    return _largest_crew(problem, blocks, resident_bytes)
+
+
+def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     """What a head in one block of threads needs of shared memory."""
+    tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    operands = problem.dtype.itemsize * blocks.tile * (3 * h + 2 * d + blocks.tile)
-    vectors = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
-    return operands + vectors + _head_bytes(blocks)
+    sizes = [crew.size * h, slots * h]
+    if not values_lie_with_keys(problem, blocks):
+        sizes.append(slots * d)
+    operands = [problem.dtype.itemsize * tile * x for x in sizes]
+    vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 4
+    return _head_bytes(blocks) + sum(map(allocated, operands + vectors))
 
 
-def reverse_slots(problem: Problem, blocks: Blocks) -> int:
-    """Tiles under way at once in a resident head's reverse sweep: 2, or 1 for room."""
-    return 2 if reverse_bytes(problem, blocks, 2) <= SHARED_MEMORY else 1
+def values_lie_with_keys(problem: Problem, blocks: Blocks) -> bool:
+    """Whether their tiles have one place: one shape, and never used at once."""
+    h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
+    return h == d == blocks.tile
 
 
-def reverse_bytes(problem: Problem, blocks: Blocks, num_slots: int) -> int:
+def reverse_crew(problem: Problem, blocks: Blocks) -> Crew:
+    """Of a resident head's reverse sweep."""
+    return _largest_crew(problem, blocks, reverse_bytes)
+
+
+def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     """What the reverse sweep of a head in one block of threads needs."""
+    tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
-    operands = problem.dtype.itemsize * blocks.tile * (1 + num_slots) * (h + d)
-    rows, cols = 4 * blocks.rows, 4 * blocks.cols
-    vectors = 3 * (allocated(rows) + allocated(cols))
-    vectors += allocated(2 * rows) + 2 * allocated(2 * cols)
-    return operands + vectors + _head_bytes(blocks)
+    sizes = crew.size * h, slots * h, crew.size * d, slots * d
+    operands = [problem.dtype.itemsize * tile * x for x in sizes]
+    vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 3
+    of_steps = [8 * blocks.rows] + [8 * blocks.cols] * 2
+    return _head_bytes(blocks) + sum(map(allocated, operands + vectors + of_steps))
+
+
+def _largest_crew(problem, blocks, needs):
+    """As many warpgroups as there is room for, if the tiles take fewer turns by it."""
+    longer = max(blocks.num_row_tiles, blocks.num_col_tiles)
+    sizes = {-(-longer // turns) for turns in range(1, longer + 1)}
+    for size in sorted(sizes, reverse=True):
+        for num_slots in (2, 1):
+            crew = Crew(size, num_slots)
+            if size <= blocks.max_warpgroups and (
+                needs(problem, blocks, crew) <= SHARED_MEMORY
+            ):
+                return crew
+    return Crew(1, 1)
 
 
 def _head_bytes(blocks):

@@ -78,13 +78,13 @@ def forward(
 ) -> tuple[Float[Array, "BN T D"], Float[Array, " BN"] | None, History]:
     """Output in float32, marginal error on request, and the potentials."""
     query, key, value, rows, cols = operands
-    share, key_t = operands.share, jnp.swapaxes(key, 1, 2)
+    share = operands.share
     if blocks.period:
         out, fs, gs, col_sums = solve(
-            problem, blocks, query, key_t, value, rows, cols, share
+            problem, blocks, query, key, value, rows, cols, share
         )
     else:
-        out, fs, gs, col_sums = _launches(problem, blocks, operands, key_t)
+        out, fs, gs, col_sums = _launches(problem, blocks, operands)
     error = None
     if col_sums is not None:
         lack = jnp.where(cols, jnp.abs(col_sums - share), 0)
@@ -92,11 +92,11 @@ def forward(
     return out, error, History(fs, gs)
 
 
-def _launches(problem, blocks, operands, key_t):
+def _launches(problem, blocks, operands):
     """What `solve` returns, with a launch for every pass."""
     query, key, value, rows, cols = operands
     num_iters, share = problem.options.num_iters, operands.share
-    query_t = jnp.swapaxes(query, 1, 2)
+    query_t, key_t = (jnp.swapaxes(x, 1, 2) for x in (query, key))
 
     def row_step(f, sums):
         return jnp.where(rows, f - jnp.log(jnp.where(rows, sums, 1.0)), -jnp.inf)

@@ -1,7 +1,8 @@
 """The forward pass in one launch, with a head's kernel matrix in shared memory.
 
-A block of threads has a head. With the potentials f and g of a plan whose columns are
-right it makes E = exp(Z + f + g) once, and then only multiplies by it: with v = 1,
+A block of threads has a head, whose strips and tiles its warpgroups share. With the
+potentials f and g of a plan whose columns are right it makes E = exp(Z + f + g) once,
+and then only multiplies by it: with v = 1,
 
     u = 1 / (E v)        f_k = f + log u
     v = share / (E^T u)  g_k = g + log v
@@ -20,15 +21,18 @@ like them those of the plan, which are rounded as much before they meet the valu
 are right for the plan as it is kept, and the potentials are those of it.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ._kernels import reciprocal
-from ._mosaic_gpu_blocks import Blocks
-from ._mosaic_gpu_held import Held, do_each, in_tiles, matrix, zeros_of_cols
+from ._mosaic_gpu_blocks import Blocks, resident_crew, values_lie_with_keys
+from ._mosaic_gpu_held import Held, do_each, in_tiles, matrix, of_sums, team
 from ._mosaic_gpu_strips import (
     Ref,
     add_product,
@@ -38,7 +42,6 @@ from ._mosaic_gpu_strips import (
     kernel_of,
     load,
     log_sum,
-    log_sum_of_cols,
     of_cols,
     of_rows,
     operand,
@@ -52,11 +55,19 @@ from ._mosaic_gpu_strips import (
 from ._problem import Problem
 
 
+class Side(NamedTuple):
+    """Where one factor of the logits is, as strips of rows and as tiles of columns."""
+
+    strip: Callable[[Int[Array, ""]], Ref]
+    tile: Callable[[Int[Array, ""]], Ref]
+    num_tiles: int
+
+
 def solve(
     problem: Problem,
     blocks: Blocks,
     query: Float[Array, "BN T H"],
-    key_t: Float[Array, "BK H S"],
+    key: Float[Array, "BK S H"],
     value: Float[Array, "BK S D"],
     rows: Bool[Array, "BN T"],
     cols: Bool[Array, "BN S"],
@@ -69,26 +80,32 @@ def solve(
 ]:
     """Output, potentials of all iterations, and on request the sums of the columns."""
     heads, tile, h, d = rows.shape[0], blocks.tile, query.shape[2], value.shape[2]
-    groups = heads // key_t.shape[0]
+    groups = heads // key.shape[0]
     num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
     num_iters, period = problem.options.num_iters, blocks.period
     has_sums = problem.return_marginal_error
+    size, num_slots = resident_crew(problem, blocks)
+    lies_with_keys = values_lie_with_keys(problem, blocks)
 
     def body(*refs: Ref):
-        # query [BN, T, H], key [BK, H, S], value [BK, S, D], f [BN, T / tile, tile],
-        # g, share [BN, S / tile, tile]; out [BN, T, D], fs [K, BN, T], gs [K, BN, S],
-        # sums [BN, S] or none. Shared: kernel [T / tile, S / tile, tile, tile]; query
-        # [tile, H], key [2, H, tile], value [2, tile, D], plan [tile, tile]; f, the f
-        # of the kernel and u [T / tile, tile], the like of g, and share.
-        query_ref, key_ref, value_ref, rows_ref, cols_ref, share_ref, *rest = refs
-        out_ref, fs_ref, gs_ref, *rest = rest
+        # query [BN, T, H], key [BK, S, H], query_t [BN, H, T], key_t [BK, H, S], value
+        # [BK, S, D], f [BN, T / tile, tile], g, share [BN, S / tile, tile]; out [BN, T,
+        # D], fs [K, BN, T], gs [K, BN, S], sums [BN, S] or none. Shared: kernel [T /
+        # tile, S / tile, tile, tile]; f, the f of the kernel and u [T / tile, tile],
+        # the like of g, and share. Of each warpgroup: a strip [tile, H], tiles [slots,
+        # H, tile], and tiles of values [slots, tile, D] if not in the same place.
+        query_ref, key_ref, query_t_ref, key_t_ref, value_ref, *rest = refs
+        rows_ref, cols_ref, share_ref, out_ref, fs_ref, gs_ref, *rest = rest
         sums_ref: Ref = rest.pop(0) if has_sums else None
-        e_tile, q_tile, k_tile, v_tile, p_tile, *rest = rest
+        e_tile, x_tile, y_tile, *rest = rest
+        v_tile = y_tile if lies_with_keys else rest.pop(0)
         f_tile, base_f, u_tile, g_tile, base_g, weight_tile, share_tile, *rest = rest
-        once, row_barrier, barrier = rest
+        once, strip_barrier, barrier, meeting = rest
         n = jax.lax.axis_index("program")
-        held = Held(e_tile)
-        load(
+        kv = shared_head(n, groups)
+        held, crew = Held(e_tile), team(size, meeting)
+        my_first_slot = crew.me * jnp.int32(num_slots)
+        crew.load(
             once,
             [
                 (rows_ref.at[n], f_tile),
@@ -96,31 +113,48 @@ def solve(
                 (share_ref.at[n], share_tile),
             ],
         )
+        queries = Side(
+            lambda i: query_ref.at[n, span(i, tile)],
+            lambda i: query_t_ref.at[n, :, span(i, tile)],
+            num_rows,
+        )
+        keys = Side(
+            lambda j: key_ref.at[kv, span(j, tile)],
+            lambda j: key_t_ref.at[kv, :, span(j, tile)],
+            num_cols,
+        )
 
-        def of_products(i, step, carry):
-            # step(j, products of strip i and tile j, carry)
+        def of_products(x, i, y, step, carry):
+            # step(j, products of strip i of x and tile j of y, carry)
             plgpu.commit_smem()  # All threads are done with the last strip.
-            load(row_barrier, [(query_ref.at[n, span(i, tile)], q_tile)])
-
-            def copies(j):
-                key = key_ref.at[shared_head(n, groups), :, span(j, tile)]
-                return ((key, k_tile),)
+            mine = x_tile.at[crew.me]
+            load(strip_barrier.at[crew.me], [(x.strip(i), mine)])
 
             def multiply(j, slot, carry):
-                return step(j, product(q_tile, k_tile.at[slot]), carry)
+                return step(j, product(mine, y_tile.at[slot]), carry)
 
-            return over_tiles(num_cols, 2, barrier, copies, multiply, carry)
+            return over_tiles(
+                y.num_tiles,
+                num_slots,
+                barrier,
+                lambda j: [(y.tile(j), y_tile)],
+                multiply,
+                carry,
+                first_slot=my_first_slot,
+            )
+
+        def log_sums(x, i, y, other_tile):
+            def step(j, products, carry):
+                return log_sum(carry, products, of_cols(other_tile, j), problem.scale)
+
+            least = zeros(tile) + jnp.finfo(jnp.float32).min
+            top, total = of_products(x, i, y, step, (least, zeros(tile)))
+            return top + jnp.log(total)
 
         def softmax(i):
             # Read before a barrier, written after it: four threads share a row.
             valid = of_rows(f_tile, i) == 0
-
-            def step(j, products, carry):
-                return log_sum(carry, products, of_cols(g_tile, j), problem.scale)
-
-            least = zeros(tile) + jnp.finfo(jnp.float32).min
-            top, total = of_products(i, step, (least, zeros(tile)))
-            put_f(0, i, -(top + jnp.log(total)), valid)
+            put_f(0, i, -log_sums(queries, i, keys, g_tile), valid)
 
         def put_f(k, i, f, valid):
             f = jnp.where(valid, f, -jnp.inf)
@@ -132,36 +166,14 @@ def solve(
             g_tile[j] = g
             gs_ref[k, n, span(j, tile)] = g
 
-        # Until there is a kernel matrix, the vectors of its columns are running maxima
-        # and sums under them.
-        top_tile, total_tile = base_g, weight_tile
-
-        def start_first_column_step(j):
-            gs_ref[0, n, span(j, tile)] = of_cols(g_tile, j)
-            nothing = zeros_of_cols(tile)
-            top_tile[j] = nothing + jnp.finfo(jnp.float32).min
-            total_tile[j] = nothing
-
-        def add_to_columns(i):
-            f = of_rows(f_tile, i)
-
-            def step(j, products, nothing):
-                carry = of_cols(top_tile, j), of_cols(total_tile, j)
-                logits = products * jnp.float32(problem.scale)
-                top, total = log_sum_of_cols(carry, logits, f)
-                # All have read before one writes: several threads share a column.
-                plgpu.commit_smem()
-                top_tile[j] = top
-                total_tile[j] = total
-                return nothing
-
-            of_products(i, step, jnp.int32(0))
-
         def first_column_step(j):
-            share = of_cols(share_tile, j)
+            gs_ref[0, n, span(j, tile)] = of_rows(g_tile, j)
+            share = of_rows(share_tile, j)
             valid = share > 0
-            top, total = of_cols(top_tile, j), of_cols(total_tile, j)
-            g = jnp.log(jnp.where(valid, share, 1.0)) - (top + jnp.log(total))
+            # The keys are the rows of these products: no sum crosses warps.
+            g = jnp.log(jnp.where(valid, share, 1.0)) - log_sums(
+                keys, j, queries, f_tile
+            )
             put_g(1, j, g, valid)
 
         def make(i):
@@ -173,11 +185,11 @@ def solve(
                 held.put(i, j, kernel)
                 return nothing
 
-            of_products(i, step, jnp.int32(0))
+            of_products(queries, i, keys, step, jnp.int32(0))
 
         def rebase(j):
-            base_g[j] = of_cols(g_tile, j)
-            weight_tile[j] = zeros_of_cols(tile) + 1
+            base_g[j] = of_rows(g_tile, j)
+            weight_tile[j] = zeros(tile) + 1
 
         def row_step(k, i):
             sums = held.row_sums(i, weight_tile)
@@ -191,43 +203,44 @@ def solve(
 
             @pl.when(k + jnp.int32(1) < num_iters)
             def _():
-                weight = of_cols(share_tile, j) * reciprocal(sums)
+                weight = of_sums(share_tile, j) * reciprocal(sums)
                 weight_tile[j] = weight
                 valid = sums != 0
-                g = of_cols(base_g, j) + jnp.log(jnp.where(valid, weight, 1.0))
+                g = of_sums(base_g, j) + jnp.log(jnp.where(valid, weight, 1.0))
                 put_g(k + jnp.int32(2), j, g, valid)
 
             if has_sums:
 
                 @pl.when(k + jnp.int32(1) == num_iters)
                 def _():
-                    total = sums * of_cols(weight_tile, j)
+                    total = sums * of_sums(weight_tile, j)
                     sums_ref[n, span(j, tile)] = total
 
         def iterate(k):
             @pl.when(jax.lax.rem(k, jnp.int32(period)) == 0)
             def _():
-                do_each(num_rows, make)
-                do_each(num_cols, rebase)
-                plgpu.commit_smem()
+                crew.share(num_rows, make)
+                crew.share(num_cols, rebase)
+                crew.meet()
 
             def col_steps():
-                do_each(num_cols, lambda j: col_step(k, j))
+                crew.share(num_cols, lambda j: col_step(k, j))
 
-            do_each(num_rows, lambda i: row_step(k, i))
-            plgpu.commit_smem()
+            crew.share(num_rows, lambda i: row_step(k, i))
+            crew.meet()
             if has_sums:
                 col_steps()
             else:
                 pl.when(k + jnp.int32(1) < num_iters)(col_steps)
-            plgpu.commit_smem()
+            crew.meet()
 
         def apply(i):
             u = of_rows(u_tile, i)
+            # The queries have been multiplied for the last time.
+            p_tile = x_tile.at[crew.me, :, pl.ds(0, tile)]
 
             def copies(j):
-                value = value_ref.at[shared_head(n, groups), span(j, tile)]
-                return ((value, v_tile),)
+                return ((value_ref.at[kv, span(j, tile)], v_tile),)
 
             def accumulate(acc_ref):
                 def step(j, slot, nothing):
@@ -238,28 +251,35 @@ def solve(
                     add_product(acc_ref, plan, p_tile, v_tile.at[slot])
                     return nothing
 
-                over_tiles(num_cols, 2, barrier, copies, step, jnp.int32(0))
+                over_tiles(
+                    num_cols,
+                    num_slots,
+                    barrier,
+                    copies,
+                    step,
+                    jnp.int32(0),
+                    first_slot=my_first_slot,
+                )
                 return acc_ref[...]
 
             out_ref[n, span(i, tile)] = pl.run_scoped(
                 accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
             )
 
-        do_each(num_rows, softmax)
-        plgpu.commit_smem()
-        do_each(num_cols, start_first_column_step)
-        do_each(num_rows, add_to_columns)
-        plgpu.commit_smem()
-        do_each(num_cols, first_column_step)
-        plgpu.commit_smem()
+        crew.share(num_rows, softmax)
+        crew.meet()
+        crew.share(num_cols, first_column_step)
+        crew.meet()
         do_each(num_iters, iterate)
-        do_each(num_rows, apply)
+        crew.share(num_rows, apply)
 
     def padding(valid):
         return jnp.where(valid, jnp.float32(0), -jnp.inf)
 
     row_vector = plgpu.SMEM((num_rows, tile), jnp.float32)
     col_vector = plgpu.SMEM((num_cols, tile), jnp.float32)
+    values = operand(size * num_slots, tile, d, dtype=problem.dtype)
+    values = [] if lies_with_keys else [values]
     sums = [vector(heads, blocks.cols)] if has_sums else []
     out, fs, gs, *sums = call_kernel(
         body,
@@ -272,22 +292,25 @@ def solve(
             *sums,
         ],
         [
-            matrix(blocks),
-            operand(tile, h, dtype=problem.dtype),
-            operand(2, h, tile, dtype=problem.dtype),
-            operand(2, tile, d, dtype=problem.dtype),
-            operand(tile, tile, dtype=problem.dtype),
+            matrix(num_rows, num_cols, blocks),
+            operand(size, tile, h, dtype=problem.dtype),
+            operand(size * num_slots, h, tile, dtype=problem.dtype),
+            *values,
             *[row_vector] * 3,
             *[col_vector] * 4,
             plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=size),
+            plgpu.Barrier(num_barriers=size * num_slots),
+            plgpu.Barrier(num_arrivals=size),
         ],
         query,
-        key_t,
+        key,
+        jnp.swapaxes(query, 1, 2),
+        jnp.swapaxes(key, 1, 2),
         value,
         in_tiles(padding(rows), tile),
         in_tiles(padding(cols), tile),
         in_tiles(jnp.where(cols, share, 0), tile),
+        num_warpgroups=size,
     )
     return out, fs, gs, sums[0] if sums else None

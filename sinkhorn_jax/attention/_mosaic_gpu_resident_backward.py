@@ -1,27 +1,35 @@
 """The reverse sweep in one launch, with a head's kernel matrix in shared memory.
 
-A block of threads has a head. It makes E = exp(Z + f_c + g_c) of an iteration c once
-for a group of iterations, the first time together with the seeds, which are sums of
-rows and columns of E * (dO V^T - df_L). From the cotangent of g_{k+1} it then finds
+A block of threads has a head, whose strips and tiles its warpgroups share. With E =
+exp(Z + f_c + g_c) of an iteration c the seeds are what dO V^T - df_L has left of E in
+its rows, which is added to df_L, and then in its columns. E is made for the former, and
+once for each group of iterations, the first time with the latter. Its transpose is
+held, with keys as rows, for those sums to stay in the registers of a warp. From the
+cotangent of g_{k+1} it then finds
 
     x = E (v' dg_{k+1} / b)      df_k = -u x      dg_k = v * E^T (u * u x)
 
 with the factors u, v' and v of `_mosaic_gpu_correction`, which says why nothing that
-matters is lost of E. Of each entry that is one exponential for a group.
+matters is lost of E. Of each entry that is one exponential for a group, and one for
+the seeds.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ._mosaic_gpu_blocks import Blocks, groups, reverse_slots
+from ._mosaic_gpu_blocks import Blocks, groups, reverse_crew
 from ._mosaic_gpu_correction import Cotangents, base_of, moved
 from ._mosaic_gpu_forward import History, Operands
-from ._mosaic_gpu_held import Held, do_each, in_tiles, matrix, zeros_of_cols
+from ._mosaic_gpu_held import Held, in_tiles, matrix, of_sums, team
 from ._mosaic_gpu_strips import (
     Ref,
+    along_cols,
     along_rows,
     call_kernel,
     kernel_of,
@@ -37,6 +45,20 @@ from ._mosaic_gpu_strips import (
     zeros,
 )
 from ._problem import Problem
+
+
+class Side(NamedTuple):
+    """Where factors of the logits and of the plan's cotangent are, of rows or columns.
+
+    Attributes:
+        strips: Both, with a row for each row of a strip.
+        tiles: Both, with a column for each column of a tile.
+        num_tiles: How many.
+    """
+
+    strips: Callable[[Int[Array, ""]], tuple[Ref, Ref]]
+    tiles: Callable[[Int[Array, ""]], tuple[Ref, Ref]]
+    num_tiles: int
 
 
 def reverse(
@@ -56,92 +78,124 @@ def reverse(
     heads, tile, h, d = len(df), blocks.tile, query.shape[2], dout.shape[2]
     kv_groups = heads // key.shape[0]
     num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
-    num_iters, num_slots = problem.options.num_iters, reverse_slots(problem, blocks)
+    num_iters = problem.options.num_iters
+    size, num_slots = reverse_crew(problem, blocks)
+    sides = query, dout, key, value
     bases, factors = _factors(problem, operands, history)
     # Groups after the first one are equally long, but for the last.
     (_, start, _), *others = groups(problem)
     length = others[0].last - others[0].first + 1 if others else 1
 
     def body(*refs: Ref):
-        # query [BN, T, H], key [BK, H, S], dout [BN, T, D], value [BK, D, S], df [BN,
+        # key [BK, S, H], query [BN, H, T], value [BK, S, D], dout [BN, D, T], df [BN,
         # T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u [L,
-        # BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T], dgs
-        # [L, BN, S]. Shared: kernel; query [tile, H], key [slots, H, tile], dout [tile,
-        # D], value [slots, D, tile]; df, f, left [T / tile, tile], g, dg, right [S /
-        # tile, tile], u [2, T / tile, tile], next_v, v [2, S / tile, tile].
-        query_ref, key_ref, dout_ref, value_ref, df_ref, f_ref, g_ref, *rest = refs
-        u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, e_tile, *rest = rest
-        q_tile, k_tile, do_tile, v_tile, df_tile, f_tile, left_tile, *rest = rest
+        # query, dout [BN, T, H or D], key, value [BK, S, H or D], their transposes, df
+        # [BN, T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u
+        # [L, BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T],
+        # dgs [L, BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left
+        # [T / tile, tile], g, dg, right [S / tile, tile], u [2, T / tile, tile],
+        # next_v, v [2, S / tile, tile]. Of each warpgroup: strips [tile, H or D], and
+        # tiles [slots, H or D, tile].
+        query_ref, dout_ref, key_ref, value_ref, *rest = refs
+        query_t_ref, dout_t_ref, key_t_ref, value_t_ref, *rest = rest
+        df_ref, f_ref, g_ref, u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, *rest = rest
+        e_tile, x_tile, dx_tile, y_tile, dy_tile, df_tile, f_tile, left_tile, *rest = (
+            rest
+        )
         g_tile, dg_tile, right_tile, u_tile, next_v_tile, v_tile_of_step, *rest = rest
-        once, base_barrier, row_barrier, seed_barrier, barrier, seeds, steps = rest
+        once, base_barrier, strip_barrier, seed_barrier, *rest = rest
+        barrier, seeds, steps, meeting = rest
         n = jax.lax.axis_index("program")
-        held = Held(e_tile)
+        kv = shared_head(n, kv_groups)
+        held, crew = Held(e_tile), team(size, meeting)
+        my_strip, my_dstrip = x_tile.at[crew.me], dx_tile.at[crew.me]
+        my_first_slot = crew.me * jnp.int32(num_slots)
+        queries = Side(
+            lambda i: (query_ref.at[n, span(i, tile)], dout_ref.at[n, span(i, tile)]),
+            lambda i: (
+                query_t_ref.at[n, :, span(i, tile)],
+                dout_t_ref.at[n, :, span(i, tile)],
+            ),
+            num_rows,
+        )
+        keys = Side(
+            lambda j: (key_ref.at[kv, span(j, tile)], value_ref.at[kv, span(j, tile)]),
+            lambda j: (
+                key_t_ref.at[kv, :, span(j, tile)],
+                value_t_ref.at[kv, :, span(j, tile)],
+            ),
+            num_cols,
+        )
 
         def load_base(q):
-            plgpu.commit_smem()  # All threads are done with the last one.
-            load(base_barrier, [(f_ref.at[q, n], f_tile), (g_ref.at[q, n], g_tile)])
+            # All are done with the last one.
+            copies = [(f_ref.at[q, n], f_tile), (g_ref.at[q, n], g_tile)]
+            crew.load(base_barrier, copies)
 
-        def key_copies(j):
-            return (key_ref.at[shared_head(n, kv_groups), :, span(j, tile)], k_tile)
+        def over_my_tiles(num_tiles, barrier_ref, copies, step, carry):
+            return over_tiles(
+                num_tiles,
+                num_slots,
+                barrier_ref,
+                copies,
+                step,
+                carry,
+                first_slot=my_first_slot,
+            )
 
-        def put_kernel(i, j, slot):
-            products = product(q_tile, k_tile.at[slot])
-            f, g = of_rows(f_tile, i), of_cols(g_tile, j)
-            kernel = kernel_of(products, f, g, problem.scale)
-            held.put(i, j, kernel)
-            return kernel
-
-        def make(i):
+        def make(j):
             plgpu.commit_smem()  # All threads are done with the last strip.
-            load(row_barrier, [(query_ref.at[n, span(i, tile)], q_tile)])
+            load(strip_barrier.at[crew.me], [(keys.strips(j)[0], my_strip)])
+            g = of_rows(g_tile, j)
 
-            def step(j, slot, nothing):
-                put_kernel(i, j, slot)
+            def step(i, slot, nothing):
+                products = product(my_strip, y_tile.at[slot])
+                f = of_cols(f_tile, i)
+                held.put(j, i, kernel_of(products, g, f, problem.scale))
                 return nothing
 
-            over_tiles(
-                num_cols,
-                num_slots,
-                barrier,
-                lambda j: [key_copies(j)],
-                step,
-                jnp.int32(0),
-            )
+            def copies(i):
+                return [(queries.tiles(i)[0], y_tile)]
 
-        def make_and_seed(i):
+            over_my_tiles(num_rows, barrier, copies, step, jnp.int32(0))
+
+        def with_cotangents(x, i, y, step, carry):
+            # step(j, products and the plan's cotangents, strip i by tile j, carry)
             plgpu.commit_smem()
-            rows = span(i, tile)
-            load(
-                seed_barrier,
-                [(query_ref.at[n, rows], q_tile), (dout_ref.at[n, rows], do_tile)],
-            )
+            targets = my_strip, my_dstrip
+            load(seed_barrier.at[crew.me], list(zip(x.strips(i), targets, strict=True)))
 
             def copies(j):
-                value = value_ref.at[shared_head(n, kv_groups), :, span(j, tile)]
-                return key_copies(j), (value, v_tile)
+                return list(zip(y.tiles(j), (y_tile, dy_tile), strict=True))
 
-            df = of_rows(df_tile, i)
+            def multiply(j, slot, carry):
+                products = product(my_strip, y_tile.at[slot])
+                dplan = product(my_dstrip, dy_tile.at[slot])
+                return step(j, products, dplan, carry)
 
-            def step(j, slot, rest):
-                plan = put_kernel(i, j, slot)
-                dplan = product(do_tile, v_tile.at[slot])
-                more = plan * (dplan - along_rows(df, plan))
-                total = of_cols(dg_tile, j) + more.sum(axis=0)
-                # All have read before one writes: several threads share a column.
-                plgpu.commit_smem()
-                dg_tile[j] = total
-                return rest + more.sum(axis=1)
+            return over_my_tiles(y.num_tiles, seeds, copies, multiply, carry)
 
-            rest = over_tiles(num_cols, num_slots, seeds, copies, step, zeros(tile))
-            left_tile[i] = rest
-            dfs_ref[num_iters, n, rows] = df + rest
+        def seed_row(i):
+            f, df = of_rows(f_tile, i), of_rows(df_tile, i)
 
-        def start_seed(j):
-            dg_tile[j] = zeros_of_cols(tile)
+            def step(j, products, dplan, rest):
+                plan = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
+                return rest + (plan * (dplan - along_rows(df, plan))).sum(axis=1)
 
-        def end_seed(j):
-            dg = of_cols(dg_tile, j) - held.col_sums(j, left_tile)
-            plgpu.commit_smem()  # As above.
+            df = df + with_cotangents(queries, i, keys, step, zeros(tile))
+            df_tile[i] = df
+            dfs_ref[num_iters, n, span(i, tile)] = df
+
+        def make_and_seed(j):
+            g = of_rows(g_tile, j)
+
+            def step(i, products, dplan, dg):
+                plan = kernel_of(products, g, of_cols(f_tile, i), problem.scale)
+                held.put(j, i, plan)
+                more = plan * (dplan - along_cols(of_cols(df_tile, i), plan))
+                return dg + more.sum(axis=1)
+
+            dg = with_cotangents(keys, j, queries, step, zeros(tile))
             dg_tile[j] = dg
             dgs_ref[num_iters - 1, n, span(j, tile)] = dg
 
@@ -162,39 +216,46 @@ def reverse(
                 @pl.when((since >= 0) & (jax.lax.rem(since, jnp.int32(length)) == 0))
                 def _():
                     load_base(jax.lax.div(since, jnp.int32(length)) + jnp.int32(1))
-                    do_each(num_rows, make)
-                    plgpu.commit_smem()
+                    crew.share(num_cols, make)
+                    crew.meet()
 
             def put_right(j):
                 right_tile[j] = of_cols(next_v_tile, slot, j) * of_cols(dg_tile, j)
 
             def row_step(i):
-                u = of_rows(u_tile, slot, i)
-                minus_df = u * held.row_sums(i, right_tile)
+                u = of_sums(u_tile, slot, i)
+                minus_df = u * held.col_sums(i, right_tile)
                 left_tile[i] = u * minus_df
                 dfs_ref[k, n, span(i, tile)] = -minus_df
 
             def col_step(j):
-                dg = of_cols(v_tile_of_step, slot, j) * held.col_sums(j, left_tile)
+                dg = of_rows(v_tile_of_step, slot, j) * held.row_sums(j, left_tile)
                 dg_tile[j] = dg
                 dgs_ref[k - jnp.int32(1), n, span(j, tile)] = dg
 
-            do_each(num_cols, put_right)
-            plgpu.commit_smem()
-            do_each(num_rows, row_step)
-            plgpu.commit_smem()
-            pl.when(k > 0)(lambda: do_each(num_cols, col_step))
-            plgpu.commit_smem()
+            crew.share(num_cols, put_right)
+            crew.meet()
+            crew.share(num_rows, row_step)
+            crew.meet()
+            pl.when(k > 0)(lambda: crew.share(num_cols, col_step))
+            crew.meet()
             return nothing
 
-        load(once, [(df_ref.at[n], df_tile)])
+        crew.load(once, [(df_ref.at[n], df_tile)])
         load_base(0)
-        do_each(num_cols, start_seed)
-        do_each(num_rows, make_and_seed)
-        plgpu.commit_smem()
-        do_each(num_cols, end_seed)
-        plgpu.commit_smem()
-        over_tiles(num_iters, 2, steps, factors_of, undo, jnp.int32(0))
+        crew.share(num_rows, seed_row)
+        crew.meet()
+        crew.share(num_cols, make_and_seed)
+        crew.meet()
+        over_tiles(
+            num_iters,
+            2,
+            steps,
+            factors_of,
+            undo,
+            jnp.int32(0),
+            starts=crew.by_one,
+        )
 
     def vectors(*shape):
         return plgpu.SMEM((*shape, tile), jnp.float32)
@@ -208,28 +269,26 @@ def reverse(
             vector(num_iters, heads, blocks.cols),
         ],
         [
-            matrix(blocks),
-            operand(tile, h, dtype=problem.dtype),
-            operand(num_slots, h, tile, dtype=problem.dtype),
-            operand(tile, d, dtype=problem.dtype),
-            operand(num_slots, d, tile, dtype=problem.dtype),
+            matrix(num_cols, num_rows, blocks),
+            *(operand(size, tile, x, dtype=problem.dtype) for x in (h, d)),
+            *(operand(size * num_slots, x, tile, dtype=problem.dtype) for x in (h, d)),
             *[vectors(num_rows)] * 3,
             *[vectors(num_cols)] * 3,
             vectors(2, num_rows),
             *[vectors(2, num_cols)] * 2,
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=num_slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=num_slots),
+            plgpu.Barrier(num_barriers=size),
+            plgpu.Barrier(num_arrivals=2, num_barriers=size),
+            plgpu.Barrier(num_barriers=size * num_slots),
+            plgpu.Barrier(num_arrivals=2, num_barriers=size * num_slots),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            plgpu.Barrier(num_arrivals=size),
         ],
-        query,
-        jnp.swapaxes(key, 1, 2),
-        dout,
-        jnp.swapaxes(value, 1, 2),
+        *sides,
+        *(jnp.swapaxes(x, 1, 2) for x in sides),
         *(in_tiles(x, tile) for x in (df, *bases, *factors)),
+        num_warpgroups=size,
     )
     return Cotangents(dfs, dgs / operands.share[None])
 

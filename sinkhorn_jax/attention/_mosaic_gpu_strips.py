@@ -1,9 +1,11 @@
 """What the forward and the backward GPU kernels do alike with a tile, and with a strip.
 
-The first part are plain functions of arrays. The second part moves tiles: a block of
-threads is one warpgroup, which has some rows and goes over all columns tile by tile.
+The first part are plain functions of arrays. The second part moves tiles: a warpgroup
+has some rows and goes over all columns tile by tile. It is a block of threads alone, or
+one of several that share a head (`_mosaic_gpu_held`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -58,19 +60,6 @@ def log_sum(
     x = x + along_cols(g, x)
     next_top = jnp.maximum(top, x.max(axis=1))
     more = jnp.exp(x - along_rows(next_top, x)).sum(axis=1)
-    return next_top, total * jnp.exp(top - next_top) + more
-
-
-def log_sum_of_cols(
-    carry: tuple[Float[Array, " J"], Float[Array, " J"]],
-    logits: Float[Array, "I J"],
-    f: Float[Array, " I"],
-) -> tuple[Float[Array, " J"], Float[Array, " J"]]:
-    """Column maxima of logits + f and sums under them, with more rows; as `log_sum`."""
-    top, total = carry
-    x = logits + along_rows(f, logits)
-    next_top = jnp.maximum(top, x.max(axis=0))
-    more = jnp.exp(x - along_cols(next_top, x)).sum(axis=0)
     return next_top, total * jnp.exp(top - next_top) + more
 
 
@@ -159,11 +148,21 @@ def shared_head(n: Int[Array, ""], groups: int) -> Int[Array, ""]:
     return jax.lax.div(n, jnp.int32(groups))
 
 
-def load(barrier_ref: Ref, copies: Sequence[tuple[Ref, Ref]]) -> None:
-    """Copy to shared memory, and wait for it. One arrival for each copy."""
+def start(barrier_ref: Ref, copies: Sequence[tuple[Ref, Ref]]) -> None:
+    """Begin to copy to shared memory. One arrival for each copy."""
     for source, target in copies:
         plgpu.copy_gmem_to_smem(source, target, barrier_ref)
+
+
+def load(barrier_ref: Ref, copies: Sequence[tuple[Ref, Ref]]) -> None:
+    """Copy to shared memory, and wait for it. One arrival for each copy."""
+    start(barrier_ref, copies)
     plgpu.barrier_wait(barrier_ref)
+
+
+def at_once(do: Callable[[], None]) -> None:
+    """Do it, as every warpgroup."""
+    do()
 
 
 def over_tiles(
@@ -173,6 +172,9 @@ def over_tiles(
     copies: Callable[[Int[Array, ""]], Sequence[tuple[Ref, Ref]]],
     body: Callable[[Int[Array, ""], Int[Array, ""], Carry], Carry],
     carry: Carry,
+    *,
+    first_slot: Int[Array, ""] | int = 0,
+    starts: Callable[[Callable[[], None]], None] = at_once,
 ) -> Carry:
     """`body(j, slot, carry)` for each tile j, whose copies lie in that slot.
 
@@ -184,17 +186,27 @@ def over_tiles(
             `body` must not leave a matrix product of them unfinished.
         body: What to do with a tile.
         carry: What it starts from.
+        first_slot: Of the slots, and barriers, that are this warpgroup's.
+        starts: Who starts the copies, if several warpgroups share the tiles; `body`
+            must then end where all meet.
     """
 
+    def slot_of(j):
+        return first_slot + jax.lax.rem(j, jnp.int32(num_slots))
+
     def fetch(j):
-        slot = jax.lax.rem(j, jnp.int32(num_slots))
-        # All threads are done with what the slot had, also as copies see it.
-        plgpu.commit_smem()
-        for source, target in copies(j):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], barrier_ref.at[slot])
+        slot = slot_of(j)
+
+        def start_copies():
+            # All threads are done with what the slot had, also as copies see it.
+            plgpu.commit_smem()
+            into_slot = [(source, target.at[slot]) for source, target in copies(j)]
+            start(barrier_ref.at[slot], into_slot)
+
+        starts(start_copies)
 
     def step(j, carry):
-        slot = jax.lax.rem(j, jnp.int32(num_slots))
+        slot = slot_of(j)
         if num_slots == 1:
             fetch(j)
         else:
@@ -214,10 +226,18 @@ def call_kernel(
     out_type: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     *arrays: Array,
+    num_warpgroups: int = 1,
 ) -> Sequence[Array]:
-    """Run a kernel of so many programs."""
+    """Run a kernel of so many programs; several warpgroups have an axis "warpgroup"."""
     if num_programs == 0:  # No kernel has an empty grid.
         return [jnp.zeros(x.shape, x.dtype) for x in out_type]
+    # Exponentials are off by a few units in the last place of float32, far below what
+    # products in bfloat16 or float16 are.
+    params, threads = plgpu.CompilerParams(approx_math=True), {}
+    if num_warpgroups > 1:
+        threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
+        # Sums across warps would meet in one place. Without room they do not lower.
+        params = dataclasses.replace(params, reduction_scratch_bytes=0)
     results = plgpu.kernel(
         body,
         out_type=list(out_type),
@@ -225,10 +245,9 @@ def call_kernel(
         # One axis, because only one of a GPU's has room for all strips of all heads.
         grid=(num_programs,),
         grid_names=("program",),
-        # Exponentials are off by a few units in the last place of float32, far below
-        # what products in bfloat16 or float16 are.
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=params,
         kernel_name=name,
+        **threads,
     )(*arrays)
     # What varies over the axes of a `jax.shard_map` is lost on the way.
     return varying_like(results, arrays)
