@@ -98,7 +98,9 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
 def _gpu_kernel(eqn, times) -> Work:
     (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
     counter = _Counter()
-    counter.run(jaxpr, (), [_Ref() for _ in jaxpr.invars], ())
+    for thread in range(mesh.num_threads or 1):  # Warpgroups, which do not do alike.
+        refs = [_Ref() for _ in jaxpr.invars]
+        counter.run(jaxpr, (), refs, {mesh.thread_name: thread})
     num_programs = math.prod(mesh.grid)
     return Work(
         name=eqn.params["name"],
@@ -156,6 +158,8 @@ class _Counter:
         name, params = eqn.primitive.name, eqn.params
         if name == "program_id":
             return [at[params["axis"]]]
+        if name == "axis_index":  # Of a GPU's kernel; of its grid no more is known.
+            return [at.get(params["axis_name"])]
         if name == "get":
             return [values[0].value]
         if name == "swap":

@@ -40,7 +40,9 @@ from sinkhorn_jax.attention._mosaic_gpu_blocks import (
     head_dtypes,
     max_period,
     resident_bytes,
+    resident_crew,
     reverse_bytes,
+    reverse_crew,
     sweep_bytes,
 )
 from sinkhorn_jax.attention._problem import Operands, Problem
@@ -61,7 +63,7 @@ CHOICES: Final[Mapping[str, Callable[[Problem], Sequence[Any]]]] = {
         (0, max_period(problem)) if problem.options.num_iters else (0,)
     ),
     "head_dtype": head_dtypes,
-    # A shorter side has no work for more; three of four tiles are two turns as of two.
+    # More leave a thread too few registers.
     "max_warpgroups": lambda problem: (1, 2, 4),
 }
 # Largest error of an array, relative to its largest entry: the kernels round the plan
@@ -133,13 +135,29 @@ def candidates(problem: Problem) -> Iterator[Blocks]:
             f"Blocks has fields {unknown} that are not searched: say in CHOICES which "
             "values they may have."
         )
+    default = default_blocks(problem)
     for values in product(*(CHOICES[name](problem) for name in names)):
         blocks = Blocks(**dict(zip(names, values, strict=True)))
-        # A head that stays has no strips to hold, and without one it has no dtype.
-        no_matter = {"is_held": True} if blocks.period else {"head_dtype": "float32"}
+        # A head that stays has no strips to hold; without one it has no dtype, and
+        # nothing to share.
+        alone = {"head_dtype": "float32", "max_warpgroups": default.max_warpgroups}
+        no_matter = {"is_held": True} if blocks.period else alone
         is_first = dataclasses.replace(blocks, **no_matter) == blocks
-        if is_first and fits(problem, blocks):
+        if is_first and fits(problem, blocks) and _is_highest(problem, blocks):
             yield blocks
+
+
+def _is_highest(problem, blocks):
+    """Whether no higher limit leaves a head to the same warpgroups."""
+
+    def crews(limit):
+        limited = dataclasses.replace(blocks, max_warpgroups=limit)
+        return resident_crew(problem, limited), reverse_crew(problem, limited)
+
+    limits = CHOICES["max_warpgroups"](problem)
+    higher = [x for x in limits if x > blocks.max_warpgroups]
+    ours = crews(blocks.max_warpgroups)
+    return not blocks.period or all(crews(x) != ours for x in higher)
 
 
 def fits(problem: Problem, blocks: Blocks) -> bool:

@@ -52,6 +52,21 @@ def test_what_shared_memory_has_no_room_for_is_not_tried():
     assert tried(128, num_iters=0) == strips
 
 
+def test_limits_that_leave_a_head_to_other_warpgroups_are_tried():
+    def limits(tokens):
+        return [
+            blocks.max_warpgroups
+            for blocks in search_blocks.candidates(of(tokens))
+            if blocks.period and blocks.head_dtype == "bfloat16"
+        ]
+
+    assert limits(64) == [4]
+    assert limits(128) == [1, 4]
+    assert limits(256) == [1, 2, 4]
+    strips = [x.max_warpgroups for x in search_blocks.candidates(of(1024))]
+    assert strips == [4] * len(strips)
+
+
 def test_a_field_that_nobody_knows_is_an_error(monkeypatch):
     known = {k: v for k, v in search_blocks.CHOICES.items() if k != "is_held"}
     monkeypatch.setattr(search_blocks, "CHOICES", known)
