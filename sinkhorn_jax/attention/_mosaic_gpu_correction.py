@@ -16,7 +16,8 @@ and down by log S, likewise (`_mosaic_gpu_resident`). So m iterations from c, on
 side, no entry of a plan is above (T S)^m E, or T times that in the column step ahead.
 What float32 lost of E then is less than 1e-8 of a sum, or of the largest weight
 (`max_period`). No u, no v and no product of two is above 1e30. Weights may take sums of
-them out of range if they are above 1e6 themselves, in units of the output's cotangent.
+them out of range if they are above 1e6 themselves, in units of the largest cotangent of
+the output times the largest value.
 """
 
 from collections.abc import Callable
