@@ -26,11 +26,11 @@ CUDA ?= cuda13
 TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
     $(patsubst %,tests/test_%.py,sinkhorn attention multi_head streaming)
 # An environment that is not ours stays as it is.
-GPU := $(if $(filter .venv/bin,$(BIN)),.venv/installed-$(CUDA))
+GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
 .PHONY: demo report test test-all benchmark compile-table compile-table-gpu clean
-.PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices
+.PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # What shares a device must not run at once.
 .NOTPARALLEL:
 
@@ -77,6 +77,11 @@ gpu-blocks: $(GPU)
 gpu-matrices: $(GPU)
 	$(ON_GPU) -m benchmarks.matrices --platform gpu $(OPTIONS)
 
+# Before anything is installed.
+needs-gpu:
+	@ls /dev/nvidia[0-9]* /dev/dxg 2>/dev/null | grep -q . || { \
+	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
+
 clean:
 	rm -rf .venv
 
@@ -100,8 +105,6 @@ $(COMPILER): $(INSTALLED)
 	touch $@
 
 .venv/installed-$(CUDA): $(INSTALLED)
-	@ls /dev/nvidia[0-9]* /dev/dxg 2>/dev/null | grep -q . || { \
-	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jax[$(CUDA)]'
 	touch $@
 
