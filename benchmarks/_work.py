@@ -83,8 +83,8 @@ def count(
 def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
     """The work of each Mosaic GPU kernel of a function, in one of its launches.
 
-    All programs of a kernel do alike, and the first one is counted. What they move is
-    not, because most of it may come from a cache.
+    All programs of a kernel do alike, and the first one is counted, with all of its
+    warpgroups. What they move is not, because most of it may come from a cache.
 
     Raises:
         ValueError: A kernel's loop ends by what arrays hold.
@@ -98,7 +98,7 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
 def _gpu_kernel(eqn, times) -> Work:
     (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
     counter = _Counter()
-    for thread in range(mesh.num_threads or 1):  # Warpgroups, which do not do alike.
+    for thread in range(mesh.num_threads or 1):
         refs = [_Ref() for _ in jaxpr.invars]
         counter.run(jaxpr, (), refs, {mesh.thread_name: thread})
     num_programs = math.prod(mesh.grid)

@@ -179,9 +179,10 @@ def blocks_of(case: Case) -> _compiled_gpu.Blocks:
     forward = backward = _blocks.sweep_bytes(problem, blocks)
     if blocks.period:
         regime = f"resident, {blocks.head_dtype}"
-        forward = _blocks.resident_bytes(problem, blocks)
-        slots = _blocks.reverse_slots(problem, blocks)
-        backward = _blocks.reverse_bytes(problem, blocks, slots)
+        crew = _blocks.resident_crew(problem, blocks)
+        forward = _blocks.resident_bytes(problem, blocks, crew)
+        crew = _blocks.reverse_crew(problem, blocks)
+        backward = _blocks.reverse_bytes(problem, blocks, crew)
     return _compiled_gpu.Blocks(
         regime=regime,
         num_row_tiles=blocks.num_row_tiles,
