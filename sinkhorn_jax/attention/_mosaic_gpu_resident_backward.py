@@ -87,8 +87,6 @@ def reverse(
     length = others[0].last - others[0].first + 1 if others else 1
 
     def body(*refs: Ref):
-        # key [BK, S, H], query [BN, H, T], value [BK, S, D], dout [BN, D, T], df [BN,
-        # T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u [L,
         # query, dout [BN, T, H or D], key, value [BK, S, H or D], their transposes, df
         # [BN, T / tile, tile], f [G, BN, T / tile, tile], g [G, BN, S / tile, tile], u
         # [L, BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T],
