@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import reference
 from hostile import hostile_logits
+from interpreted_clusters import interpret_clusters
 
 # Not public: the interpreter's parameters, its switch, and what it saw.
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
@@ -346,6 +347,7 @@ def on_device():
     with pytest.MonkeyPatch.context() as patch:
         # The interpreter knows of no layouts.
         patch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+        interpret_clusters(patch)
         jax.clear_caches()
 
         def call(fn, *args):

@@ -1,6 +1,7 @@
 """How the GPU kernels cut a head: tiles, and what shared memory they take."""
 
 import dataclasses
+import itertools
 import math
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -14,6 +15,8 @@ SHARED_MEMORY: Final = 227 * 2**10 - 2**12
 MAX_HEAD_DIM: Final = 128  # More, and the accumulators of a tile leave the registers.
 # The last pass of the gradient keeps vectors of all iterations at a tile.
 MAX_ITERS: Final = 64
+# Blocks of threads that every GPU since Hopper lets into one cluster.
+MAX_CLUSTER: Final = 8
 HeadDtype = Literal["float32", "bfloat16"]
 
 
@@ -32,7 +35,10 @@ class Blocks:
             memory, in one launch for all. 0 for a launch each.
         head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
             range; its entries are rounded like the plan before it meets the values.
-        max_warpgroups: That may share such a head. With 4, a thread has 128 registers.
+        cluster: Blocks of threads that share such a head: each has so many of its
+            strips, and they exchange sums of columns.
+        max_warpgroups: That may share what a block has of such a head. With 4, a
+            thread has 128 registers.
     """
 
     tile: int
@@ -41,6 +47,7 @@ class Blocks:
     is_held: bool
     period: int = 0
     head_dtype: HeadDtype = "float32"
+    cluster: int = 1
     max_warpgroups: int = 4
 
     def __post_init__(self):
@@ -53,12 +60,20 @@ class Blocks:
             ("num_row_tiles", 1),
             ("num_col_tiles", 1),
             ("period", 0),
+            ("cluster", 1),
             ("max_warpgroups", 1),
         ):
             if (count := getattr(self, name)) < least:
                 raise ValueError(
                     f"Blocks.{name} must be at least {least}, got {count}."
                 )
+        counts = self.num_row_tiles, self.num_col_tiles
+        if self.cluster > MAX_CLUSTER or any(x % self.cluster for x in counts):
+            raise ValueError(
+                f"Blocks.cluster must divide num_row_tiles and num_col_tiles and be at "
+                f"most {MAX_CLUSTER}, got {self.cluster} and {counts}: each block of "
+                "threads has as many strips."
+            )
         if self.head_dtype not in (known := get_args(HeadDtype)):
             raise ValueError(
                 f"Blocks.head_dtype must be one of {known}, got {self.head_dtype!r}: "
@@ -101,9 +116,15 @@ def default_blocks(problem: Problem) -> Blocks:
         blocks = dataclasses.replace(blocks, is_held=False)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
         return blocks
-    for dtype in head_dtypes(problem):
+    clusters = [2**x for x in range(MAX_CLUSTER.bit_length())]
+    for cluster, dtype in itertools.product(clusters, head_dtypes(problem)):
         resident = dataclasses.replace(
-            blocks, period=max_period(problem), head_dtype=dtype
+            blocks,
+            num_row_tiles=-(-blocks.num_row_tiles // cluster) * cluster,
+            num_col_tiles=-(-blocks.num_col_tiles // cluster) * cluster,
+            period=max_period(problem),
+            head_dtype=dtype,
+            cluster=cluster,
         )
         needs = (
             resident_bytes(problem, resident, Crew(1, 2)),
@@ -138,7 +159,7 @@ def resident_crew(problem: Problem, blocks: Blocks) -> Crew:
 
 
 def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
-    """What a head in one block of threads needs of shared memory."""
+    """What a resident head needs of shared memory in each block of threads."""
     tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     sizes = [crew.size * h, slots * h]
@@ -146,6 +167,8 @@ def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
         sizes.append(slots * d)
     operands = [problem.dtype.itemsize * tile * x for x in sizes]
     vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 4
+    if blocks.cluster > 1:
+        vectors.append(2 * 4 * blocks.cols)
     return _head_bytes(blocks) + sum(map(allocated, operands + vectors))
 
 
@@ -161,13 +184,15 @@ def reverse_crew(problem: Problem, blocks: Blocks) -> Crew:
 
 
 def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
-    """What the reverse sweep of a head in one block of threads needs."""
+    """What the reverse sweep of a resident head needs, as `resident_bytes`."""
     tile, slots = blocks.tile, crew.size * crew.num_slots
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     sizes = crew.size * h, slots * h, crew.size * d, slots * d
     operands = [problem.dtype.itemsize * tile * x for x in sizes]
     vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 3
     of_steps = [8 * blocks.rows] + [8 * blocks.cols] * 2
+    if blocks.cluster > 1:
+        of_steps.append(2 * 4 * blocks.rows)
     return _head_bytes(blocks) + sum(map(allocated, operands + vectors + of_steps))
 
 
@@ -186,7 +211,8 @@ def _largest_crew(problem, blocks, needs):
 
 
 def _head_bytes(blocks):
-    return jnp.dtype(blocks.head_dtype).itemsize * blocks.rows * blocks.cols
+    size = jnp.dtype(blocks.head_dtype).itemsize * blocks.rows * blocks.cols
+    return size // blocks.cluster
 
 
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:

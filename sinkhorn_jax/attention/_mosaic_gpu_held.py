@@ -7,8 +7,14 @@ The matrix leaves no room for a second block of threads, so that several warpgro
 one block share it. Each takes every so many-th strip or tile, and all meet before one
 reads what another wrote. No sum crosses the warps of a warpgroup: Pallas has one place
 in shared memory for such sums, whichever warpgroup they are of.
+
+What one block has no room for, a cluster of them holds, each some of the strips. Every
+block has all vectors. It makes those entries that belong to its strips, and reads the
+others out of the shared memory of the blocks that made them; sums of columns it adds up
+from all blocks, in one order, so that all have the same bits.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import nvvm
 from jaxtyping import Array, Float, Int
 
 from ._mosaic_gpu_blocks import Blocks
@@ -24,6 +31,7 @@ from ._mosaic_gpu_strips import (
     Carry,
     Ref,
     along_cols,
+    at_once,
     of_cols,
     operand,
     start,
@@ -41,17 +49,24 @@ DOWN: Final = plgpu.Layout.TILED(
 
 
 class Held(NamedTuple):
-    """The matrix or its transpose in tiles: [rows / tile, cols / tile, tile, tile]."""
+    """The matrix or its transpose, or strips of it, in tiles of which each is square.
+
+    Attributes:
+        ref: [strips, cols / tile, tile, tile].
+        first: Which of all strips is the first one here.
+    """
 
     ref: Ref
+    first: Int[Array, ""] | int = 0
 
     def put(self, i: Int[Array, ""], j: Int[Array, ""], x: Float[Array, "I J"]) -> None:
         """Keep a tile, rounded to what the matrix is kept in."""
-        self.ref[i, j] = x.astype(self.ref.dtype)
+        self.ref[i - self.first, j] = x.astype(self.ref.dtype)
 
     def at(self, i: Int[Array, ""], j: Int[Array, ""]) -> Float[Array, "I J"]:
         """A tile as it is kept; each thread reads what it has put itself."""
-        return plgpu.layout_cast(self.ref[i, j], TILE).astype(jnp.float32)
+        kernel = plgpu.layout_cast(self.ref[i - self.first, j], TILE)
+        return kernel.astype(jnp.float32)
 
     def row_sums(self, i: Int[Array, ""], weights_ref: Ref) -> Float[Array, " I"]:
         """Of strip `i`, with a weight for each column; by who has put it."""
@@ -64,12 +79,15 @@ class Held(NamedTuple):
         return each(num_cols, add, zero_tile(tile)).sum(axis=1)
 
     def col_sums(self, j: Int[Array, ""], weights_ref: Ref) -> Float[Array, " J"]:
-        """Of the columns of tile `j`, with a weight for each row; see `of_sums`."""
+        """Of the columns of tile `j`, with a weight for each row; see `of_sums`.
+
+        Of the strips that are here.
+        """
         num_rows, _, tile, _ = self.ref.shape
 
         def add(i, sums):
             kernel = plgpu.layout_cast(self.ref[i, j], DOWN).astype(jnp.float32)
-            weights = plgpu.layout_cast(weights_ref[i], DOWN.reduce(1))
+            weights = plgpu.layout_cast(weights_ref[i + self.first], DOWN.reduce(1))
             weights = jax.lax.broadcast_in_dim(weights, kernel.shape, (0,))
             return sums + kernel * plgpu.layout_cast(weights, DOWN)
 
@@ -83,33 +101,45 @@ def of_sums(ref: Ref, *index: Any) -> Float[Array, " J"]:
 
 
 def matrix(num_strips: int, num_tiles: int, blocks: Blocks) -> Any:
-    """Shared memory for the kernel matrix of a head, or its transpose."""
-    shape = num_strips, num_tiles, blocks.tile, blocks.tile
+    """Shared memory for a block's part of a head's kernel matrix or its transpose."""
+    shape = num_strips // blocks.cluster, num_tiles, blocks.tile, blocks.tile
     return operand(*shape, dtype=jnp.dtype(blocks.head_dtype))
 
 
 class Team(NamedTuple):
-    """The warpgroups of a block of threads, as one of them sees it.
+    """The warpgroups that share a head, as one of them sees it.
 
     Attributes:
-        size: How many.
-        me: Which of them this is.
+        size: How many in each block of threads.
+        me: Which of these this is.
         barrier_ref: Where they meet, with an arrival for each.
+        num_blocks: Blocks of threads that share the head.
+        block: Which of them this is.
     """
 
     size: int
     me: Int[Array, ""]
     barrier_ref: Ref
+    num_blocks: int
+    block: Int[Array, ""]
 
     def meet(self) -> None:
-        """All of them see what each has written until here, and copies do too."""
+        """All of this block see what each has written until here, and copies do too."""
         plgpu.commit_smem()
         if self.size > 1:
             plgpu.barrier_arrive(self.barrier_ref)
             plgpu.barrier_wait(self.barrier_ref)
 
+    def meet_all(self) -> None:
+        """All of all blocks do."""
+        if self.num_blocks > 1:
+            plgpu.commit_smem()
+            meet_in_cluster()
+        else:
+            self.meet()
+
     def share(self, count: int, do: Callable[[Int[Array, ""]], None]) -> None:
-        """`do(i)` for so many i, each by one of them, and the same one every time."""
+        """`do(i)` for so many i, each by one of the block, and always the same one."""
 
         def take_turn(turn):
             i = turn * jnp.int32(self.size) + self.me
@@ -120,23 +150,87 @@ class Team(NamedTuple):
 
         do_each(-(-count // self.size), take_turn)
 
+    def first_of(self, count: int) -> Int[Array, ""] | int:
+        """Of so many strips of all blocks, the first one of this block."""
+        if self.num_blocks == 1:
+            return 0
+        return self.block * jnp.int32(count // self.num_blocks)
+
+    def share_own(self, count: int, do: Callable[[Int[Array, ""]], None]) -> None:
+        """`do(i)` for those of so many strips that this block has."""
+        first = self.first_of(count)
+        self.share(count // self.num_blocks, lambda i: do(i + first))
+
+    def when_own(
+        self, i: Int[Array, ""], count: int
+    ) -> Callable[[Callable[[], None]], None]:
+        """As `pl.when`: if this block has strip `i` of so many."""
+        if self.num_blocks == 1:
+            return at_once
+        return pl.when(self._owner(i, count) == self.block)
+
+    def gather(self, ref: Ref) -> None:
+        """Every block has all of a vector, once each has made that of its strips."""
+        self.meet_all()
+        if self.num_blocks == 1:
+            return
+        count = ref.shape[0]
+
+        def fetch(i):
+            owner = self._owner(i, count)
+
+            @pl.when(owner != self.block)
+            def _():
+                ref[i] = of_sums(plgpu.cluster_ref(ref, {"block": owner}), i)
+
+        self.share(count, fetch)
+        self.meet()
+
+    def sums_of_blocks(self, ref: Ref, *index: Any) -> Float[Array, " J"]:
+        """What all blocks have there, added up; once they have met."""
+        parts = [
+            of_sums(plgpu.cluster_ref(ref, {"block": jnp.int32(block)}), *index)
+            for block in range(self.num_blocks)
+        ]
+        return functools.reduce(jnp.add, parts)
+
+    def leave(self) -> None:
+        """At the end: shared memory ends with its block, and others may read it."""
+        if self.num_blocks > 1:
+            self.meet_all()
+
     def by_one(self, do: Callable[[], None]) -> None:
-        """Do it once, for all."""
+        """Do it once, for all of the block."""
         if self.size > 1:
             pl.when(self.me == 0)(do)
         else:
             do()
 
     def load(self, barrier_ref: Ref, copies: Sequence[tuple[Ref, Ref]]) -> None:
-        """Copy for all, who wait for it. One arrival for each copy."""
+        """Copy for the block, which waits for it. One arrival for each copy."""
         self.by_one(lambda: start(barrier_ref, copies))
         plgpu.barrier_wait(barrier_ref)
 
+    def _owner(self, i, count):
+        return jax.lax.div(i, jnp.int32(count // self.num_blocks))
 
-def team(size: int, barrier_ref: Ref) -> Team:
-    """Of so many warpgroups, inside a kernel."""
+
+def team(size: int, barrier_ref: Ref, num_blocks: int) -> Team:
+    """Of so many warpgroups in each of so many blocks of threads, inside a kernel."""
     me = jax.lax.axis_index("warpgroup") if size > 1 else jnp.int32(0)
-    return Team(size, me, barrier_ref)
+    block = jax.lax.axis_index("block") if num_blocks > 1 else jnp.int32(0)
+    return Team(size, me, barrier_ref, num_blocks, block)
+
+
+@plgpu.inline_mgpu()
+def meet_in_cluster(context):
+    """All threads of a cluster see what each has written until here.
+
+    The barriers of Pallas promise no more than that blocks have arrived.
+    """
+    del context
+    nvvm.cluster_arrive()  # With release and, below, acquire, unless told otherwise.
+    nvvm.cluster_wait()
 
 
 def each(count: int, step: Callable[..., Carry], carry: Carry) -> Carry:

@@ -1,8 +1,8 @@
 """The forward pass in one launch, with a head's kernel matrix in shared memory.
 
-A block of threads has a head, whose strips and tiles its warpgroups share. With the
-potentials f and g of a plan whose columns are right it makes E = exp(Z + f + g) once,
-and then only multiplies by it: with v = 1,
+A block of threads has a head, or a cluster of blocks has it, each some of its strips;
+warpgroups share them and the tiles. With the potentials f and g of a plan whose columns
+are right it makes E = exp(Z + f + g) once, and then only multiplies by it: with v = 1,
 
     u = 1 / (E v)        f_k = f + log u
     v = share / (E^T u)  g_k = g + log v
@@ -92,18 +92,21 @@ def solve(
         # [BK, S, D], f [BN, T / tile, tile], g, share [BN, S / tile, tile]; out [BN, T,
         # D], fs [K, BN, T], gs [K, BN, S], sums [BN, S] or none. Shared: kernel [T /
         # tile, S / tile, tile, tile]; f, the f of the kernel and u [T / tile, tile],
-        # the like of g, and share. Of each warpgroup: a strip [tile, H], tiles [slots,
-        # H, tile], and tiles of values [slots, tile, D] if not in the same place.
+        # the like of g, and share; in a cluster, a block's part of the sums of columns
+        # [2, S / tile, tile]. Of each warpgroup: a strip [tile, H], tiles [slots, H,
+        # tile], and tiles of values [slots, tile, D] if not in the same place.
         query_ref, key_ref, query_t_ref, key_t_ref, value_ref, *rest = refs
         rows_ref, cols_ref, share_ref, out_ref, fs_ref, gs_ref, *rest = rest
         sums_ref: Ref = rest.pop(0) if has_sums else None
         e_tile, x_tile, y_tile, *rest = rest
         v_tile = y_tile if lies_with_keys else rest.pop(0)
         f_tile, base_f, u_tile, g_tile, base_g, weight_tile, share_tile, *rest = rest
+        part_tile: Ref = rest.pop(0) if blocks.cluster > 1 else None
         once, strip_barrier, barrier, meeting = rest
         n = jax.lax.axis_index("program")
         kv = shared_head(n, groups)
-        held, crew = Held(e_tile), team(size, meeting)
+        crew = team(size, meeting, blocks.cluster)
+        held = Held(e_tile, crew.first_of(num_rows))
         my_first_slot = crew.me * jnp.int32(num_slots)
         crew.load(
             once,
@@ -164,7 +167,10 @@ def solve(
         def put_g(k, j, g, valid):
             g = jnp.where(valid, g, -jnp.inf)
             g_tile[j] = g
-            gs_ref[k, n, span(j, tile)] = g
+
+            @crew.when_own(j, num_cols)
+            def _():
+                gs_ref[k, n, span(j, tile)] = g
 
         def first_column_step(j):
             gs_ref[0, n, span(j, tile)] = of_rows(g_tile, j)
@@ -198,8 +204,18 @@ def solve(
             f = of_rows(base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
             put_f(k + jnp.int32(1), i, f, valid)
 
+        def put_part(k, j):
+            part_tile[slot_of(k), j] = held.col_sums(j, u_tile)
+
+        def slot_of(k):
+            # Others may still read the part before; all have met since the one before.
+            return jax.lax.rem(k, jnp.int32(2))
+
         def col_step(k, j):
-            sums = held.col_sums(j, u_tile)
+            if blocks.cluster > 1:
+                sums = crew.sums_of_blocks(part_tile, slot_of(k), j)
+            else:
+                sums = held.col_sums(j, u_tile)
 
             @pl.when(k + jnp.int32(1) < num_iters)
             def _():
@@ -214,19 +230,25 @@ def solve(
                 @pl.when(k + jnp.int32(1) == num_iters)
                 def _():
                     total = sums * of_sums(weight_tile, j)
-                    sums_ref[n, span(j, tile)] = total
+
+                    @crew.when_own(j, num_cols)
+                    def _():
+                        sums_ref[n, span(j, tile)] = total
 
         def iterate(k):
             @pl.when(jax.lax.rem(k, jnp.int32(period)) == 0)
             def _():
-                crew.share(num_rows, make)
+                crew.share_own(num_rows, make)
                 crew.share(num_cols, rebase)
                 crew.meet()
 
             def col_steps():
+                if blocks.cluster > 1:
+                    crew.share(num_cols, lambda j: put_part(k, j))
+                    crew.meet_all()
                 crew.share(num_cols, lambda j: col_step(k, j))
 
-            crew.share(num_rows, lambda i: row_step(k, i))
+            crew.share_own(num_rows, lambda i: row_step(k, i))
             crew.meet()
             if has_sums:
                 col_steps()
@@ -266,12 +288,13 @@ def solve(
                 accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
             )
 
-        crew.share(num_rows, softmax)
-        crew.meet()
-        crew.share(num_cols, first_column_step)
-        crew.meet()
+        crew.share_own(num_rows, softmax)
+        crew.gather(f_tile)
+        crew.share_own(num_cols, first_column_step)
+        crew.gather(g_tile)
         do_each(num_iters, iterate)
-        crew.share(num_rows, apply)
+        crew.share_own(num_rows, apply)
+        crew.leave()
 
     def padding(valid):
         return jnp.where(valid, jnp.float32(0), -jnp.inf)
@@ -280,6 +303,7 @@ def solve(
     col_vector = plgpu.SMEM((num_cols, tile), jnp.float32)
     values = operand(size * num_slots, tile, d, dtype=problem.dtype)
     values = [] if lies_with_keys else [values]
+    parts = [plgpu.SMEM((2, num_cols, tile), jnp.float32)] if blocks.cluster > 1 else []
     sums = [vector(heads, blocks.cols)] if has_sums else []
     out, fs, gs, *sums = call_kernel(
         body,
@@ -298,6 +322,7 @@ def solve(
             *values,
             *[row_vector] * 3,
             *[col_vector] * 4,
+            *parts,
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_barriers=size),
             plgpu.Barrier(num_barriers=size * num_slots),
@@ -312,5 +337,6 @@ def solve(
         in_tiles(padding(cols), tile),
         in_tiles(jnp.where(cols, share, 0), tile),
         num_warpgroups=size,
+        cluster=blocks.cluster,
     )
     return out, fs, gs, sums[0] if sums else None

@@ -1,11 +1,11 @@
 """The reverse sweep in one launch, with a head's kernel matrix in shared memory.
 
-A block of threads has a head, whose strips and tiles its warpgroups share. With E =
-exp(Z + f_c + g_c) of an iteration c the seeds are what dO V^T - df_L has left of E in
-its rows, which is added to df_L, and then in its columns. E is made for the former, and
-once for each group of iterations, the first time with the latter. Its transpose is
-held, with keys as rows, for those sums to stay in the registers of a warp. From the
-cotangent of g_{k+1} it then finds
+A block of threads has a head, or a cluster of blocks has it, each the strips of some
+keys; warpgroups share them and the tiles. With E = exp(Z + f_c + g_c) of an iteration c
+the seeds are what dO V^T - df_L has left of E in its rows, which is added to df_L, and
+then in its columns. E is made for the former, and once for each group of iterations,
+the first time with the latter. Its transpose is held, with keys as rows, for those sums
+to stay in the registers of a warp. From the cotangent of g_{k+1} it then finds
 
     x = E (v' dg_{k+1} / b)      df_k = -u x      dg_k = v * E^T (u * u x)
 
@@ -92,8 +92,9 @@ def reverse(
         # [L, BN, T / tile, tile], next_v, v [L, BN, S / tile, tile]; dfs [K, BN, T],
         # dgs [L, BN, S]. Shared: kernel [S / tile, T / tile, tile, tile]; df, f, left
         # [T / tile, tile], g, dg, right [S / tile, tile], u [2, T / tile, tile],
-        # next_v, v [2, S / tile, tile]. Of each warpgroup: strips [tile, H or D], and
-        # tiles [slots, H or D, tile].
+        # next_v, v [2, S / tile, tile]; in a cluster, a block's part of the sums over
+        # keys [2, T / tile, tile]. Of each warpgroup: strips [tile, H or D], and tiles
+        # [slots, H or D, tile].
         query_ref, dout_ref, key_ref, value_ref, *rest = refs
         query_t_ref, dout_t_ref, key_t_ref, value_t_ref, *rest = rest
         df_ref, f_ref, g_ref, u_ref, next_v_ref, v_ref, dfs_ref, dgs_ref, *rest = rest
@@ -101,11 +102,13 @@ def reverse(
             rest
         )
         g_tile, dg_tile, right_tile, u_tile, next_v_tile, v_tile_of_step, *rest = rest
+        part_tile: Ref = rest.pop(0) if blocks.cluster > 1 else None
         once, base_barrier, strip_barrier, seed_barrier, *rest = rest
         barrier, seeds, steps, meeting = rest
         n = jax.lax.axis_index("program")
         kv = shared_head(n, kv_groups)
-        held, crew = Held(e_tile), team(size, meeting)
+        crew = team(size, meeting, blocks.cluster)
+        held = Held(e_tile, crew.first_of(num_cols))
         my_strip, my_dstrip = x_tile.at[crew.me], dx_tile.at[crew.me]
         my_first_slot = crew.me * jnp.int32(num_slots)
         queries = Side(
@@ -214,36 +217,49 @@ def reverse(
                 @pl.when((since >= 0) & (jax.lax.rem(since, jnp.int32(length)) == 0))
                 def _():
                     load_base(jax.lax.div(since, jnp.int32(length)) + jnp.int32(1))
-                    crew.share(num_cols, make)
+                    crew.share_own(num_cols, make)
                     crew.meet()
 
             def put_right(j):
                 right_tile[j] = of_cols(next_v_tile, slot, j) * of_cols(dg_tile, j)
 
+            def put_part(i):
+                # A slot is free again when all have met for the other one.
+                part_tile[slot, i] = held.col_sums(i, right_tile)
+
             def row_step(i):
                 u = of_sums(u_tile, slot, i)
-                minus_df = u * held.col_sums(i, right_tile)
+                if blocks.cluster > 1:
+                    minus_df = u * crew.sums_of_blocks(part_tile, slot, i)
+                else:
+                    minus_df = u * held.col_sums(i, right_tile)
                 left_tile[i] = u * minus_df
-                dfs_ref[k, n, span(i, tile)] = -minus_df
+
+                @crew.when_own(i, num_rows)
+                def _():
+                    dfs_ref[k, n, span(i, tile)] = -minus_df
 
             def col_step(j):
                 dg = of_rows(v_tile_of_step, slot, j) * held.row_sums(j, left_tile)
                 dg_tile[j] = dg
                 dgs_ref[k - jnp.int32(1), n, span(j, tile)] = dg
 
-            crew.share(num_cols, put_right)
+            crew.share_own(num_cols, put_right)
             crew.meet()
+            if blocks.cluster > 1:
+                crew.share(num_rows, put_part)
+                crew.meet_all()
             crew.share(num_rows, row_step)
             crew.meet()
-            pl.when(k > 0)(lambda: crew.share(num_cols, col_step))
+            pl.when(k > 0)(lambda: crew.share_own(num_cols, col_step))
             crew.meet()
             return nothing
 
         crew.load(once, [(df_ref.at[n], df_tile)])
         load_base(0)
-        crew.share(num_rows, seed_row)
-        crew.meet()
-        crew.share(num_cols, make_and_seed)
+        crew.share_own(num_rows, seed_row)
+        crew.gather(df_tile)
+        crew.share_own(num_cols, make_and_seed)
         crew.meet()
         over_tiles(
             num_iters,
@@ -254,10 +270,12 @@ def reverse(
             jnp.int32(0),
             starts=crew.by_one,
         )
+        crew.leave()
 
     def vectors(*shape):
         return plgpu.SMEM((*shape, tile), jnp.float32)
 
+    parts = [vectors(2, num_rows)] if blocks.cluster > 1 else []
     dfs, dgs = call_kernel(
         body,
         "sinkhorn_attention_resident_reverse",
@@ -274,6 +292,7 @@ def reverse(
             *[vectors(num_cols)] * 3,
             vectors(2, num_rows),
             *[vectors(2, num_cols)] * 2,
+            *parts,
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=size),
@@ -287,6 +306,7 @@ def reverse(
         *(jnp.swapaxes(x, 1, 2) for x in sides),
         *(in_tiles(x, tile) for x in (df, *bases, *factors)),
         num_warpgroups=size,
+        cluster=blocks.cluster,
     )
     return Cotangents(dfs, dgs / operands.share[None])
 

@@ -227,8 +227,13 @@ def call_kernel(
     scratch: Sequence[Any],
     *arrays: Array,
     num_warpgroups: int = 1,
+    cluster: int = 1,
 ) -> Sequence[Array]:
-    """Run a kernel of so many programs; several warpgroups have an axis "warpgroup"."""
+    """Run a kernel of so many programs.
+
+    Several warpgroups have an axis "warpgroup", several blocks of threads that make up
+    a program an axis "block".
+    """
     if num_programs == 0:  # No kernel has an empty grid.
         return [jnp.zeros(x.shape, x.dtype) for x in out_type]
     # Exponentials are off by a few units in the last place of float32, far below what
@@ -238,6 +243,8 @@ def call_kernel(
         threads = {"num_threads": num_warpgroups, "thread_name": "warpgroup"}
         # Sums across warps would meet in one place. Without room they do not lower.
         params = dataclasses.replace(params, reduction_scratch_bytes=0)
+    if cluster > 1:
+        threads |= {"cluster": (cluster,), "cluster_names": ("block",)}
     results = plgpu.kernel(
         body,
         out_type=list(out_type),
