@@ -84,7 +84,7 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
     """The work of each Mosaic GPU kernel of a function, in one of its launches.
 
     All programs of a kernel do alike, and the first one is counted, with all of its
-    warpgroups. What they move is not, because most of it may come from a cache.
+    warpgroups, in all blocks of threads if it is a cluster of them. What they move is not, because most of it may come from a cache.
 
     Raises:
         ValueError: A kernel's loop ends by what arrays hold.
@@ -98,9 +98,11 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
 def _gpu_kernel(eqn, times) -> Work:
     (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
     counter = _Counter()
-    for thread in range(mesh.num_threads or 1):
+    names = *mesh.cluster_names, mesh.thread_name
+    sizes = *mesh.cluster, mesh.num_threads or 1
+    for at in itertools.product(*map(range, sizes)):
         refs = [_Ref() for _ in jaxpr.invars]
-        counter.run(jaxpr, (), refs, {mesh.thread_name: thread})
+        counter.run(jaxpr, (), refs, dict(zip(names, at, strict=True)))
     num_programs = math.prod(mesh.grid)
     return Work(
         name=eqn.params["name"],
