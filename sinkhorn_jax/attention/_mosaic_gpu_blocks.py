@@ -35,7 +35,7 @@ class Blocks:
             memory, in one launch for all. 0 for a launch each.
         head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
             range; its entries are rounded like the plan before it meets the values.
-        cluster: Blocks of threads that share such a head: each has so many of its
+        cluster: Blocks of threads that share such a head: each has some of its
             strips, and they exchange sums of columns.
         max_warpgroups: That may share what a block has of such a head. With 4, a
             thread has 128 registers.
@@ -67,12 +67,10 @@ class Blocks:
                 raise ValueError(
                     f"Blocks.{name} must be at least {least}, got {count}."
                 )
-        counts = self.num_row_tiles, self.num_col_tiles
-        if self.cluster > MAX_CLUSTER or any(x % self.cluster for x in counts):
+        if self.cluster > MAX_CLUSTER:
             raise ValueError(
-                f"Blocks.cluster must divide num_row_tiles and num_col_tiles and be at "
-                f"most {MAX_CLUSTER}, got {self.cluster} and {counts}: each block of "
-                "threads has as many strips."
+                f"Blocks.cluster must be at most {MAX_CLUSTER}, got {self.cluster}: "
+                "not every GPU has room for larger ones."
             )
         if self.head_dtype not in (known := get_args(HeadDtype)):
             raise ValueError(
@@ -116,18 +114,13 @@ def default_blocks(problem: Problem) -> Blocks:
         blocks = dataclasses.replace(blocks, is_held=False)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
         return blocks
-    clusters = [2**x for x in range(MAX_CLUSTER.bit_length())]
-    for cluster, dtype in itertools.product(clusters, head_dtypes(problem)):
+    clusters, dtypes = range(1, MAX_CLUSTER + 1), head_dtypes(problem)
+    for num_slots, cluster, dtype in itertools.product((2, 1), clusters, dtypes):
         resident = dataclasses.replace(
-            blocks,
-            num_row_tiles=-(-blocks.num_row_tiles // cluster) * cluster,
-            num_col_tiles=-(-blocks.num_col_tiles // cluster) * cluster,
-            period=max_period(problem),
-            head_dtype=dtype,
-            cluster=cluster,
+            blocks, period=max_period(problem), head_dtype=dtype, cluster=cluster
         )
         needs = (
-            resident_bytes(problem, resident, Crew(1, 2)),
+            resident_bytes(problem, resident, Crew(1, num_slots)),
             reverse_bytes(problem, resident, Crew(1, 1)),
         )
         if max(needs) <= SHARED_MEMORY:
@@ -169,7 +162,8 @@ def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     vectors = [4 * blocks.rows] * 3 + [4 * blocks.cols] * 4
     if blocks.cluster > 1:
         vectors.append(2 * 4 * blocks.cols)
-    return _head_bytes(blocks) + sum(map(allocated, operands + vectors))
+    kernel = _head_bytes(blocks, blocks.num_row_tiles, blocks.cols)
+    return kernel + sum(map(allocated, operands + vectors))
 
 
 def values_lie_with_keys(problem: Problem, blocks: Blocks) -> bool:
@@ -193,7 +187,8 @@ def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     of_steps = [8 * blocks.rows] + [8 * blocks.cols] * 2
     if blocks.cluster > 1:
         of_steps.append(2 * 4 * blocks.rows)
-    return _head_bytes(blocks) + sum(map(allocated, operands + vectors + of_steps))
+    kernel = _head_bytes(blocks, blocks.num_col_tiles, blocks.rows)
+    return kernel + sum(map(allocated, operands + vectors + of_steps))
 
 
 def _largest_crew(problem, blocks, needs):
@@ -210,9 +205,14 @@ def _largest_crew(problem, blocks, needs):
     return Crew(1, 1)
 
 
-def _head_bytes(blocks):
-    size = jnp.dtype(blocks.head_dtype).itemsize * blocks.rows * blocks.cols
-    return size // blocks.cluster
+def strips_of_block(num_strips: int, cluster: int) -> int:
+    """How many of so many a block of a cluster has; the last ones may have fewer."""
+    return -(-num_strips // cluster)
+
+
+def _head_bytes(blocks, num_strips, length):
+    rows = blocks.tile * strips_of_block(num_strips, blocks.cluster)
+    return jnp.dtype(blocks.head_dtype).itemsize * rows * length
 
 
 def sweep_bytes(problem: Problem, blocks: Blocks) -> int:

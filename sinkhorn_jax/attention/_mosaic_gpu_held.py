@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import nvvm
 from jaxtyping import Array, Float, Int
 
-from ._mosaic_gpu_blocks import Blocks
+from ._mosaic_gpu_blocks import Blocks, strips_of_block
 from ._mosaic_gpu_strips import (
     TILE,
     Carry,
@@ -49,15 +49,17 @@ DOWN: Final = plgpu.Layout.TILED(
 
 
 class Held(NamedTuple):
-    """The matrix or its transpose, or strips of it, in tiles of which each is square.
+    """The matrix or its transpose, or some strips of it, in square tiles.
 
     Attributes:
         ref: [strips, cols / tile, tile, tile].
         first: Which of all strips is the first one here.
+        count: How many are here.
     """
 
     ref: Ref
-    first: Int[Array, ""] | int = 0
+    first: Int[Array, ""] | int
+    count: Int[Array, ""] | int
 
     def put(self, i: Int[Array, ""], j: Int[Array, ""], x: Float[Array, "I J"]) -> None:
         """Keep a tile, rounded to what the matrix is kept in."""
@@ -83,7 +85,7 @@ class Held(NamedTuple):
 
         Of the strips that are here.
         """
-        num_rows, _, tile, _ = self.ref.shape
+        tile = self.ref.shape[2]
 
         def add(i, sums):
             kernel = plgpu.layout_cast(self.ref[i, j], DOWN).astype(jnp.float32)
@@ -92,7 +94,7 @@ class Held(NamedTuple):
             return sums + kernel * plgpu.layout_cast(weights, DOWN)
 
         zero = plgpu.layout_cast(jnp.zeros((tile, tile), jnp.float32), DOWN)
-        return each(num_rows, add, zero).sum(axis=0)
+        return each(self.count, add, zero).sum(axis=0)
 
 
 def of_sums(ref: Ref, *index: Any) -> Float[Array, " J"]:
@@ -102,7 +104,8 @@ def of_sums(ref: Ref, *index: Any) -> Float[Array, " J"]:
 
 def matrix(num_strips: int, num_tiles: int, blocks: Blocks) -> Any:
     """Shared memory for a block's part of a head's kernel matrix or its transpose."""
-    shape = num_strips // blocks.cluster, num_tiles, blocks.tile, blocks.tile
+    num_strips = strips_of_block(num_strips, blocks.cluster)
+    shape = num_strips, num_tiles, blocks.tile, blocks.tile
     return operand(*shape, dtype=jnp.dtype(blocks.head_dtype))
 
 
@@ -150,16 +153,25 @@ class Team(NamedTuple):
 
         do_each(-(-count // self.size), take_turn)
 
-    def first_of(self, count: int) -> Int[Array, ""] | int:
-        """Of so many strips of all blocks, the first one of this block."""
+    def own(self, count: int) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
+        """The first one of so many strips that this block has, and how many it has."""
         if self.num_blocks == 1:
-            return 0
-        return self.block * jnp.int32(count // self.num_blocks)
+            return 0, count
+        most = strips_of_block(count, self.num_blocks)
+        first = self.block * jnp.int32(most)
+        if count % self.num_blocks == 0:
+            return first, most
+        here = jax.lax.min(jnp.int32(count) - first, jnp.int32(most))
+        return first, jax.lax.max(here, jnp.int32(0))
 
     def share_own(self, count: int, do: Callable[[Int[Array, ""]], None]) -> None:
         """`do(i)` for those of so many strips that this block has."""
-        first = self.first_of(count)
-        self.share(count // self.num_blocks, lambda i: do(i + first))
+        first, here = self.own(count)
+        if isinstance(here, int):
+            self.share(here, lambda i: do(i + first))
+        else:
+            most = strips_of_block(count, self.num_blocks)
+            self.share(most, lambda i: pl.when(i < here)(lambda: do(i + first)))
 
     def when_own(
         self, i: Int[Array, ""], count: int
@@ -212,7 +224,7 @@ class Team(NamedTuple):
         plgpu.barrier_wait(barrier_ref)
 
     def _owner(self, i, count):
-        return jax.lax.div(i, jnp.int32(count // self.num_blocks))
+        return jax.lax.div(i, jnp.int32(strips_of_block(count, self.num_blocks)))
 
 
 def team(size: int, barrier_ref: Ref, num_blocks: int) -> Team:
@@ -233,7 +245,9 @@ def meet_in_cluster(context):
     nvvm.cluster_wait()
 
 
-def each(count: int, step: Callable[..., Carry], carry: Carry) -> Carry:
+def each(
+    count: int | Int[Array, ""], step: Callable[..., Carry], carry: Carry
+) -> Carry:
     """`step(i, carry)` for so many i."""
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)
 

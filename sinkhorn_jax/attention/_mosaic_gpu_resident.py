@@ -106,7 +106,7 @@ def solve(
         n = jax.lax.axis_index("program")
         kv = shared_head(n, groups)
         crew = team(size, meeting, blocks.cluster)
-        held = Held(e_tile, crew.first_of(num_rows))
+        held = Held(e_tile, *crew.own(num_rows))
         my_first_slot = crew.me * jnp.int32(num_slots)
         crew.load(
             once,

@@ -108,7 +108,7 @@ def reverse(
         n = jax.lax.axis_index("program")
         kv = shared_head(n, kv_groups)
         crew = team(size, meeting, blocks.cluster)
-        held = Held(e_tile, crew.first_of(num_cols))
+        held = Held(e_tile, *crew.own(num_cols))
         my_strip, my_dstrip = x_tile.at[crew.me], dx_tile.at[crew.me]
         my_first_slot = crew.me * jnp.int32(num_slots)
         queries = Side(
