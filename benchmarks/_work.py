@@ -84,7 +84,8 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
     """The work of each Mosaic GPU kernel of a function, in one of its launches.
 
     All programs of a kernel do alike, and the first one is counted, with all of its
-    warpgroups, in all blocks of threads if it is a cluster of them. What they move is not, because most of it may come from a cache.
+    warpgroups, in all blocks of threads if it is a cluster of them. What they move is
+    not, because most of it may come from a cache.
 
     Raises:
         ValueError: A kernel's loop ends by what arrays hold.

@@ -33,6 +33,7 @@ import numpy as np
 from sinkhorn_jax import sinkhorn_attention
 from sinkhorn_jax.attention import _mosaic_gpu
 from sinkhorn_jax.attention._mosaic_gpu_blocks import (
+    MAX_CLUSTER,
     SHARED_MEMORY,
     Blocks,
     Crew,
@@ -63,9 +64,11 @@ CHOICES: Final[Mapping[str, Callable[[Problem], Sequence[Any]]]] = {
         (0, max_period(problem)) if problem.options.num_iters else (0,)
     ),
     "head_dtype": head_dtypes,
+    "cluster": lambda problem: clusters(default_blocks(problem)),
     # More leave a thread too few registers.
     "max_warpgroups": lambda problem: (1, 2, 4),
 }
+
 # Largest error of an array, relative to its largest entry: the kernels round the plan
 # and its gradient to 8 or 11 bits.
 RTOL: Final[Mapping[str, float]] = {"bfloat16": 1e-2, "float16": 2e-3}
@@ -122,6 +125,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def clusters(blocks: Blocks) -> list[int]:
+    """Sizes of a cluster; a larger one would have blocks of threads without a strip."""
+    sizes = {1, 2, 4, MAX_CLUSTER, blocks.cluster}
+    most = max(blocks.num_row_tiles, blocks.num_col_tiles)
+    return sorted(size for size in sizes if size <= most)
+
+
 def candidates(problem: Problem) -> Iterator[Blocks]:
     """All blocks that shared memory has room for.
 
@@ -140,7 +150,11 @@ def candidates(problem: Problem) -> Iterator[Blocks]:
         blocks = Blocks(**dict(zip(names, values, strict=True)))
         # A head that stays has no strips to hold; without one it has no dtype, and
         # nothing to share.
-        alone = {"head_dtype": "float32", "max_warpgroups": default.max_warpgroups}
+        alone = {
+            "head_dtype": "float32",
+            "cluster": default.cluster,
+            "max_warpgroups": default.max_warpgroups,
+        }
         no_matter = {"is_held": True} if blocks.period else alone
         is_first = dataclasses.replace(blocks, **no_matter) == blocks
         if is_first and fits(problem, blocks) and _is_highest(problem, blocks):
@@ -164,7 +178,7 @@ def fits(problem: Problem, blocks: Blocks) -> bool:
     """Whether shared memory has room, in the passes and for a resident head."""
     needed = [sweep_bytes(problem, blocks)]
     if blocks.period:
-        needed.append(resident_bytes(problem, blocks, Crew(1, 2)))
+        needed.append(resident_bytes(problem, blocks, Crew(1, 1)))
         needed.append(reverse_bytes(problem, blocks, Crew(1, 1)))
     return max(needed) <= SHARED_MEMORY
 

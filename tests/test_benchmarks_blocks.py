@@ -41,13 +41,21 @@ def test_the_default_is_tried_and_nothing_twice(case):
 
 def test_what_shared_memory_has_no_room_for_is_not_tried():
     tried = lambda *args, **fields: {
-        (blocks.head_dtype if blocks.period else "no head", blocks.is_held)
+        (blocks.head_dtype, blocks.cluster)
+        if blocks.period
+        else ("no head", blocks.is_held)
         for blocks in search_blocks.candidates(of(*args, **fields))
     }
     strips = {("no head", True), ("no head", False)}
-    assert tried(128) == {*strips, ("float32", True), ("bfloat16", True)}
-    assert tried(256) == {*strips, ("bfloat16", True)}
-    assert tried(512) == strips
+    short, wide = "bfloat16", "float32"
+    assert tried(64) == {*strips, (short, 1), (wide, 1)}
+    assert tried(128) == {*strips, (short, 1), (short, 2), (wide, 1), (wide, 2)}
+    assert tried(256) - strips == {
+        *((short, x) for x in (1, 2, 4)),
+        (wide, 2),
+        (wide, 4),
+    }
+    assert tried(512) == {*strips, (short, 4), (short, 8), (wide, 8)}
     assert tried(4096) == {("no head", False)}
     assert tried(128, num_iters=0) == strips
 
@@ -57,7 +65,8 @@ def test_limits_that_leave_a_head_to_other_warpgroups_are_tried():
         return [
             blocks.max_warpgroups
             for blocks in search_blocks.candidates(of(tokens))
-            if blocks.period and blocks.head_dtype == "bfloat16"
+            if (blocks.period, blocks.head_dtype, blocks.cluster)
+            == (default_blocks(of(tokens)).period, "bfloat16", 1)
         ]
 
     assert limits(64) == [4]

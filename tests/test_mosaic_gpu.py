@@ -364,8 +364,13 @@ def on_device():
 
 @pytest.mark.parametrize(
     "changed",
-    # Three tiles of two warpgroups: one waits while the other has the last.
-    [{"head_dtype": "bfloat16", "max_warpgroups": 2}, {"period": 0}],
+    # Three tiles of two warpgroups: one waits while the other has the last. So does a
+    # block of a cluster.
+    [
+        {"head_dtype": "bfloat16", "max_warpgroups": 2},
+        {"cluster": 2, "max_warpgroups": 2},
+        {"period": 0},
+    ],
     ids=str,
 )
 def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
@@ -391,7 +396,9 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
     # The kernel matrix of a head made once, and twice.
     + [({}, 1), ({}, 3), ({"period": 2}, 3)]
     + [({"head_dtype": "bfloat16", "period": 2}, 3)]
-    + [({"max_warpgroups": 1}, 3)],
+    + [({"max_warpgroups": 1}, 3)]
+    # One that has its own strip and others that have none.
+    + [({"cluster": 4, "max_warpgroups": 1, "period": 2}, k) for k in (1, 2, 3)],
     ids=str,
 )
 def test_more_kernels_agree_with_float64(
@@ -462,28 +469,35 @@ def hardest_logits(n):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")
-def test_a_resident_head_of_hostile_logits(on_device):
+@pytest.mark.parametrize(
+    ("n", "num_iters", "cluster"),
+    [(18, 21, 1), pytest.param(70, 15, 2, marks=pytest.mark.slow)],
+)
+def test_a_resident_head_of_hostile_logits(on_device, n, num_iters, cluster):
     """In float32, through one-hot queries. Made once, the matrix loses the cross."""
-    n, num_iters = 18, 21
-    named = hardest_logits(n)
+    named, length = hardest_logits(n), -(-n // 64) * 64
     hostile = problem(
         t=n,
         s=n,
+        head_dim=length,
+        value_dim=length,
         num_heads=len(named),
         num_key_heads=len(named),
         dtype=jnp.dtype("float32"),
         options=Options(num_iters),
         return_marginal_error=True,
     )
-    blocks = dataclasses.replace(default_blocks(hostile), period=max_period(hostile))
+    blocks = dataclasses.replace(
+        default_blocks(hostile), period=max_period(hostile), cluster=cluster
+    )
     assert num_iters // blocks.period == 2
 
     def padded(x):
-        return np.pad(x, ((0, 0), (0, 64 - n), (0, 64 - n)))
+        return np.pad(x, ((0, 0), (0, length - n), (0, length - n)))
 
     logits = np.stack(list(named.values()))
     eye = padded(np.broadcast_to(np.eye(n, dtype="float32"), logits.shape))
-    valid = np.broadcast_to(np.arange(64) < n, eye.shape[:2])
+    valid = np.broadcast_to(np.arange(length) < n, eye.shape[:2])
     share = np.ones((len(named), 1), "float32")
     with jax.default_matmul_precision("highest"):
         plan, fs, gs, sums = on_device(
@@ -540,7 +554,7 @@ def test_repeats_are_the_same_bits(on_device, monkeypatch, is_resident):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="It needs a GPU.")
-@pytest.mark.parametrize("tokens", [128, 197, 1024, 4096])
+@pytest.mark.parametrize("tokens", [128, 197, 512, 1024, 4096])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_repeats_on_a_gpu(tokens, head_dim):
     arrays = operands(tokens, tokens, "bfloat16", n=4, k=2, h=head_dim, d=head_dim)
@@ -598,7 +612,7 @@ def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     if not is_resident:
         names = {"log_row_sums", "sweep", "apply", "seed"}
     # What a tile of queries and of keys needs beside the cotangents of all queries.
-    of_all = t * head_dim <= 128 * 128 or (t <= 256 and head_dim <= 64)
+    of_all = t * head_dim <= 128 * 128 or (t <= 512 and head_dim <= 64)
     names.add("resident_pull_back" if is_resident and of_all else "pull_back")
     assert set(re.findall(r"sinkhorn_attention_([a-z_]+)\b", text)) >= names
     others = {"apply", "seed", "resident", "resident_pull_back", "pull_back"} - names
@@ -611,7 +625,8 @@ def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     ("dtype", "t", "s", "head_dim", "value_dim", "is_resident"),
     [
         ("bfloat16", 197, 197, 64, 128, True),
-        ("float16", 197, 197, 64, 128, False),
+        ("float16", 512, 500, 64, 64, True),
+        ("float16", 1024, 197, 64, 64, False),
         ("float16", 64, 1000, 128, 32, False),
         ("bfloat16", 128, 130, 128, 64, True),
     ],
@@ -623,12 +638,11 @@ def test_lowers_for_cuda(dtype, t, s, head_dim, value_dim, is_resident):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("t", "s"), [(128, 256), *((n, n) for n in (1, 128, 197, 256, 1024, 4096))]
+    ("t", "s"), [(128, 256), *((n, n) for n in (1, 128, 197, 256, 512, 1024, 4096))]
 )
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_more_lower_for_cuda(dtype, t, s, head_dim):
-    most = 256 * 256 if dtype == "bfloat16" else 128 * 256
-    assert_lowers(dtype, t, s, head_dim, head_dim, is_resident=t * s <= most)
+    assert_lowers(dtype, t, s, head_dim, head_dim, is_resident=t <= 512)
 
 
 # Each had no room to spare by the number of its numbers, and did not lower.
@@ -709,40 +723,61 @@ def test_short_strips_are_held():
 
 
 @pytest.mark.parametrize(
-    ("t", "s", "head_dim", "dtype", "head_dtype"),
+    ("t", "s", "head_dim", "dtype", "head_dtype", "cluster", "num_slots"),
     [
-        (192, 192, 64, "bfloat16", "float32"),
-        (192, 192, 64, "float16", "float32"),
-        (192, 192, 128, "bfloat16", "bfloat16"),
-        (192, 192, 128, "float16", None),
-        (193, 192, 64, "bfloat16", "bfloat16"),
-        (128, 256, 128, "bfloat16", "float32"),
-        (256, 128, 128, "bfloat16", "float32"),
-        (256, 256, 64, "bfloat16", "bfloat16"),
-        (256, 256, 128, "bfloat16", "bfloat16"),
-        (256, 256, 64, "float16", None),
-        (257, 256, 128, "bfloat16", None),
-        # Room for their numbers, but not from multiples of 1 KiB on.
-        (1024, 64, 128, "bfloat16", None),
+        (192, 192, 64, "bfloat16", "float32", 1, 2),
+        (192, 192, 64, "float16", "float32", 1, 2),
+        (192, 192, 128, "bfloat16", "bfloat16", 1, 2),
+        (192, 192, 128, "float16", "float32", 2, 2),
+        (193, 192, 64, "bfloat16", "bfloat16", 1, 2),
+        (128, 256, 128, "bfloat16", "float32", 1, 2),
+        (256, 128, 128, "bfloat16", "float32", 1, 2),
+        (256, 256, 64, "bfloat16", "bfloat16", 1, 2),
+        (256, 256, 128, "bfloat16", "bfloat16", 1, 2),
+        (256, 256, 64, "float16", "float32", 2, 2),
+        (257, 256, 128, "bfloat16", "bfloat16", 2, 2),
+        (320, 320, 64, "float16", "float32", 3, 2),
+        (512, 512, 64, "bfloat16", "bfloat16", 4, 2),
+        (512, 512, 64, "float16", "float32", 8, 2),
+        (512, 512, 128, "bfloat16", "bfloat16", 8, 2),
+        (512, 512, 128, "float16", "float32", 8, 1),
+        # Keys are one strip of the reverse sweep, whatever the cluster.
+        (1024, 64, 128, "bfloat16", "bfloat16", 1, 1),
     ],
 )
-def test_short_heads_are_held(t, s, head_dim, dtype, head_dtype):
+def test_short_heads_are_held(t, s, head_dim, dtype, head_dtype, cluster, num_slots):
     dims = {"head_dim": head_dim, "value_dim": head_dim, "dtype": jnp.dtype(dtype)}
     short = problem(t=t, s=s, **dims)
     blocks = default_blocks(short)
-    assert (blocks.period > 0) == (head_dtype is not None)
-    assert blocks.head_dtype == (head_dtype or "float32")
-    # In bytes: the kernel matrix; a tile of queries, two of keys and two of values,
-    # which lie with the keys where they have their shape; three vectors of rows and
-    # four of columns.
-    vectors = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
-    itemsize = jnp.dtype(blocks.head_dtype).itemsize
-    total = itemsize * blocks.rows * blocks.cols + vectors
-    total += 2 * 64 * head_dim * (5 if head_dim == 128 else 3)
-    assert resident_bytes(short, blocks, Crew(1, 2)) == total
-    assert (total <= SHARED_MEMORY) == (head_dtype is not None)
+    assert blocks.period > 0
+    assert (blocks.head_dtype, blocks.cluster) == (head_dtype, cluster)
+    # In bytes: strips of the kernel matrix; a tile of queries, one or two of keys and
+    # of values, which lie with the keys where they have their shape; three vectors of
+    # rows and four of columns, and in a cluster two more.
+    total = 3 * allocated(4 * blocks.rows) + 4 * allocated(4 * blocks.cols)
+    if cluster > 1:
+        total += allocated(8 * blocks.cols)
+    num_strips = -(-blocks.num_row_tiles // cluster)
+    total += jnp.dtype(head_dtype).itemsize * 64 * num_strips * blocks.cols
+    total += 2 * 64 * head_dim * (1 + num_slots * (2 if head_dim == 128 else 1))
+    assert resident_bytes(short, blocks, Crew(1, num_slots)) == total <= SHARED_MEMORY
     softmax = default_blocks(problem(t=t, s=s, **dims, options=Options(0)))
     assert softmax.period == 0
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "head_dim", "dtype"),
+    [
+        (576, 576, 128, "bfloat16"),
+        (640, 640, 64, "bfloat16"),
+        (576, 576, 64, "float16"),
+        (2048, 64, 64, "bfloat16"),
+        (64, 1000, 128, "float16"),
+    ],
+)
+def test_long_heads_go_by_strips(t, s, head_dim, dtype):
+    dims = {"head_dim": head_dim, "value_dim": head_dim, "dtype": jnp.dtype(dtype)}
+    assert default_blocks(problem(t=t, s=s, **dims)).period == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -762,10 +797,13 @@ def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
             held.append((t, s, crew))
     # In bytes: the kernel matrix; of each warpgroup, a tile of keys and values, one or
     # two of queries and cotangents; three vectors of either side, and of the steps two
-    # of one for rows and of two for columns.
+    # of one for rows and of two for columns; in a cluster, two more of rows.
     for t, s, crew in held:
         blocks = default_blocks(problem(t=t, s=s, **dims))
-        total = allocated(jnp.dtype(blocks.head_dtype).itemsize * t * s)
+        num_strips = -(-s // (64 * blocks.cluster))
+        total = jnp.dtype(blocks.head_dtype).itemsize * t * 64 * num_strips
+        if blocks.cluster > 1:
+            total += allocated(8 * t)
         total += crew.size * 2 * 64 * (1 + crew.num_slots) * (head_dim + value_dim)
         total += (
             3 * (allocated(4 * t) + allocated(4 * s))
@@ -773,7 +811,7 @@ def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
             + 2 * allocated(8 * s)
         )
         assert reverse_bytes(problem(t=t, s=s, **dims), blocks, crew) == total
-    assert max(held)[:2] >= (256, 256)
+    assert (512, 512) in {x[:2] for x in held}
     assert {1, 2} == {crew.num_slots for *_, crew in held}
 
 
@@ -832,7 +870,9 @@ def test_warpgroups_cannot_sum_across_warps():
         (256, 128, 10, 0),
         (256, 64, MAX_ITERS, 1),
         (256, 64, 0, 0),
-        (320, 64, 10, 0),
+        (320, 64, 10, 2),
+        (512, 64, 10, 1),
+        (576, 64, 10, 0),
     ],
 )
 def test_short_heads_have_a_last_pass_of_one_launch(t, head_dim, num_iters, slots):
@@ -858,27 +898,32 @@ def test_short_heads_have_a_last_pass_of_one_launch(t, head_dim, num_iters, slot
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="Its products round.")
-def test_a_resident_reverse_sweep_of_hostile_logits(on_device):
+@pytest.mark.parametrize(
+    ("n", "num_iters", "cluster"),
+    [(18, 40, 1), pytest.param(70, 26, 2, marks=pytest.mark.slow)],
+)
+def test_a_resident_reverse_sweep_of_hostile_logits(on_device, n, num_iters, cluster):
     """Its cotangents in float32, of three groups of iterations, with padding."""
-    n, num_iters = 18, 40
-    named = hardest_logits(n)
+    named, length = hardest_logits(n), -(-n // 64) * 64
     heads = len(named)
     hostile = problem(
         t=n,
         s=n,
+        head_dim=length,
         num_heads=heads,
         num_key_heads=heads,
         dtype=jnp.dtype("float32"),
         options=Options(num_iters),
     )
-    assert groups(hostile) == [(40, 30, 40), (19, 9, 29), (4, 0, 8)]
+    assert len(groups(hostile)) == 3
+    blocks = dataclasses.replace(default_blocks(hostile), cluster=cluster)
     logits = np.stack(list(named.values()))
-    fs, gs = np.full((2, num_iters + 1, heads, 64), -np.inf, "float32")
+    fs, gs = np.full((2, num_iters + 1, heads, length), -np.inf, "float32")
     for k, i in itertools.product(range(num_iters + 1), range(heads)):
         z = logits[i].astype("float64")
         fs[k, i, :n], gs[k, i, :n] = reference.potentials(z, k)[:2]
     rng = np.random.default_rng(0)
-    value, dout = np.zeros((2, heads, 64, 64), "float32")
+    value, dout = np.zeros((2, heads, length, 64), "float32")
     value[:, :n], dout[:, :n] = rng.normal(size=(2, heads, n, 64))
 
     def plan(f, g):
@@ -895,13 +940,12 @@ def test_a_resident_reverse_sweep_of_hostile_logits(on_device):
         dg = -np.einsum("nij,ni->nj", plan(fs[k], gs[k]), df)
 
     def padded(x, axes=1):
-        return np.pad(x, ((0, 0), *[(0, 64 - n)] * axes)).astype("float32")
+        return np.pad(x, ((0, 0), *[(0, length - n)] * axes)).astype("float32")
 
     eye = padded(np.broadcast_to(np.eye(n), logits.shape), 2)
-    valid = np.broadcast_to(np.arange(64) < n, eye.shape[:2])
+    valid = np.broadcast_to(np.arange(length) < n, eye.shape[:2])
     key = padded(np.swapaxes(logits, 1, 2), 2)
     arrays = gpu_forward.Operands(eye, key, value, valid, valid)
-    blocks = default_blocks(hostile)
     # Of a plan that was rounded: the sweep finds the rest itself.
     df = padded(dfs[-1] + rng.normal(size=dfs[-1].shape) / 64)
     with jax.default_matmul_precision("highest"):
@@ -981,5 +1025,7 @@ def test_blocks_are_whole_tiles():
         dataclasses.replace(blocks, period=-1)
     with pytest.raises(ValueError, match="max_warpgroups must be at least 1, got 0"):
         dataclasses.replace(blocks, max_warpgroups=0)
+    with pytest.raises(ValueError, match="cluster must be at most 8, got 9"):
+        dataclasses.replace(blocks, cluster=9)
     with pytest.raises(ValueError, match="num_col_tiles must be at least 1, got 0"):
         Blocks(tile=64, num_row_tiles=1, num_col_tiles=0, is_held=True)

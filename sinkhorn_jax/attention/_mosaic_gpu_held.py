@@ -235,12 +235,11 @@ def team(size: int, barrier_ref: Ref, num_blocks: int) -> Team:
 
 
 @plgpu.inline_mgpu()
-def meet_in_cluster(context):
+def meet_in_cluster(*_: Any) -> None:
     """All threads of a cluster see what each has written until here.
 
     The barriers of Pallas promise no more than that blocks have arrived.
     """
-    del context
     nvvm.cluster_arrive()  # With release and, below, acquire, unless told otherwise.
     nvvm.cluster_wait()
 
