@@ -5,7 +5,10 @@ neither how all of them meet nor how one reads what another has. Both are added 
 its own terms: it sees races between blocks too, and reads of a block that has ended.
 """
 
+import dataclasses
+
 import jax
+import pytest
 from jax._src.pallas.mosaic_gpu import core
 from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
@@ -24,9 +27,14 @@ _BLOCK = 2  # Where the key of an array in shared memory says whose it is.
 def interpret_clusters(patch):
     """Until the patch is undone."""
     interpreter = jaxpr_interpret.JaxprInterpreter
+    is_known = "thread_id" in {x.name for x in dataclasses.fields(interpreter)}
     run_scoped, get = interpreter._interpret_run_scoped_p, interpreter._interpret_get_p
 
     def meet_in_cluster():
+        if not is_known:
+            pytest.skip(
+                "clusters are interpreted with JAX 0.10, whose insides are used"
+            )
         # Nothing else here has a scope without memory.
         pl.run_scoped(plgpu.commit_smem)
 

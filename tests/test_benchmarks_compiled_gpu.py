@@ -207,6 +207,8 @@ def test_all_regimes_were_compiled():
     regimes = {row.blocks.regime for row in ATTENTION}
     expected = {"strips, held", "strips, made twice"}
     expected |= {f"resident, {dtype}" for dtype in ("float32", "bfloat16")}
+    expected |= {f"resident, bfloat16, cluster of {size}" for size in (4, 8)}
+    expected |= {"resident, float32, cluster of 8"}
     assert regimes == expected
 
 
@@ -216,7 +218,7 @@ def test_blocks_are_still_those_of_the_table():
         assert compile_gpu.blocks_of(case) == row.blocks, row.key
 
 
-@pytest.mark.parametrize("tokens", [128, 1024])
+@pytest.mark.parametrize("tokens", [128, 512, 1024])
 def test_work_is_still_that_of_the_table(tokens):
     (row,) = [
         row

@@ -245,6 +245,10 @@ def call_kernel(
         params = dataclasses.replace(params, reduction_scratch_bytes=0)
     if cluster > 1:
         threads |= {"cluster": (cluster,), "cluster_names": ("block",)}
+        # By the other semantics, the default from JAX 0.11 on, a slice of what another
+        # block has does not lower.
+        lane = plgpu.LoweringSemantics.Lane
+        params = dataclasses.replace(params, lowering_semantics=lane)
     results = plgpu.kernel(
         body,
         out_type=list(out_type),
