@@ -208,7 +208,7 @@ def test_all_regimes_were_compiled():
     expected = {"strips, held", "strips, made twice"}
     expected |= {f"resident, {dtype}" for dtype in ("float32", "bfloat16")}
     expected |= {f"resident, bfloat16, cluster of {size}" for size in (4, 8)}
-    expected |= {"resident, float32, cluster of 8"}
+    expected |= {f"resident, float32, cluster of {size}" for size in (2, 8)}
     assert regimes == expected
 
 
