@@ -179,12 +179,12 @@ def blocks_of(case: Case) -> _compiled_gpu.Blocks:
     forward = backward = _blocks.sweep_bytes(problem, blocks)
     if blocks.period:
         regime = f"resident, {blocks.head_dtype}"
-        if blocks.cluster > 1:
-            regime += f", cluster of {blocks.cluster}"
         crew = _blocks.resident_crew(problem, blocks)
         forward = _blocks.resident_bytes(problem, blocks, crew)
         crew = _blocks.reverse_crew(problem, blocks)
         backward = _blocks.reverse_bytes(problem, blocks, crew)
+    if blocks.cluster > 1:
+        regime += f", cluster of {blocks.cluster}"
     return _compiled_gpu.Blocks(
         regime=regime,
         num_row_tiles=blocks.num_row_tiles,

@@ -148,14 +148,15 @@ def candidates(problem: Problem) -> Iterator[Blocks]:
     default = default_blocks(problem)
     for values in product(*(CHOICES[name](problem) for name in names)):
         blocks = Blocks(**dict(zip(names, values, strict=True)))
-        # A head that stays has no strips to hold; without one it has no dtype, and
-        # nothing to share.
-        alone = {
-            "head_dtype": "float32",
-            "cluster": default.cluster,
-            "max_warpgroups": default.max_warpgroups,
-        }
-        no_matter = {"is_held": True} if blocks.period else alone
+        # A head that stays has no strips to hold; without one it has no dtype, no
+        # warpgroups share it, and no blocks of threads a strip that is not held.
+        no_matter: dict[str, Any] = {"is_held": True}
+        if not blocks.period:
+            no_matter = {
+                "head_dtype": "float32",
+                "max_warpgroups": default.max_warpgroups,
+                "cluster": blocks.cluster if blocks.is_held else 1,
+            }
         is_first = dataclasses.replace(blocks, **no_matter) == blocks
         if is_first and fits(problem, blocks) and _is_highest(problem, blocks):
             yield blocks

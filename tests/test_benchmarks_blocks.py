@@ -43,21 +43,24 @@ def test_what_shared_memory_has_no_room_for_is_not_tried():
     tried = lambda *args, **fields: {
         (blocks.head_dtype, blocks.cluster)
         if blocks.period
-        else ("no head", blocks.is_held)
+        else ("no head", blocks.cluster if blocks.is_held else 0)
         for blocks in search_blocks.candidates(of(*args, **fields))
     }
-    strips = {("no head", True), ("no head", False)}
+    strips = {("no head", size) for size in (0, 1, 2)}
     short, wide = "bfloat16", "float32"
-    assert tried(64) == {*strips, (short, 1), (wide, 1)}
+    assert tried(64) == {("no head", 0), ("no head", 1), (short, 1), (wide, 1)}
     assert tried(128) == {*strips, (short, 1), (short, 2), (wide, 1), (wide, 2)}
-    assert tried(256) - strips == {
+    strips.add(("no head", 4))
+    assert tried(256) == {
+        *strips,
         *((short, x) for x in (1, 2, 4)),
         (wide, 2),
         (wide, 4),
     }
+    strips.add(("no head", 8))
     assert tried(512) == {*strips, (short, 4), (short, 8), (wide, 8)}
-    assert tried(4096) == {("no head", False)}
-    assert tried(128, num_iters=0) == strips
+    assert tried(4096) == {("no head", size) for size in (0, 6, 8)}
+    assert tried(256, num_iters=0) == strips - {("no head", 8)}
 
 
 def test_limits_that_leave_a_head_to_other_warpgroups_are_tried():

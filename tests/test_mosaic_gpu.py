@@ -369,7 +369,8 @@ def on_device():
     [
         {"head_dtype": "bfloat16", "max_warpgroups": 2},
         {"cluster": 2, "max_warpgroups": 2},
-        {"period": 0},
+        {"period": 0, "is_held": False},
+        {"period": 0, "cluster": 2},
     ],
     ids=str,
 )
@@ -393,6 +394,8 @@ def test_kernels_agree_with_float64(on_device, monkeypatch, changed):
 @pytest.mark.parametrize(
     ("changed", "num_iters"),
     [({"is_held": x, "period": 0}, k) for x in (True, False) for k in (0, 1, 3)]
+    # A strip of which some blocks of a cluster have nothing.
+    + [({"period": 0, "cluster": 4}, k) for k in (1, 3)]
     # The kernel matrix of a head made once, and twice.
     + [({}, 1), ({}, 3), ({"period": 2}, 3)]
     + [({"head_dtype": "bfloat16", "period": 2}, 3)]
@@ -717,16 +720,41 @@ def test_blocks_cover_every_query_and_key(t, s):
     assert blocks.cols - blocks.tile < s <= blocks.cols
 
 
-def test_short_strips_are_held():
-    def most(**changed):
-        lengths = range(64, 1025, 64)
-        held = [s for s in lengths if default_blocks(problem(s=s, **changed)).is_held]
-        assert held == list(lengths[: len(held)])
-        return held[-1]
+@pytest.mark.parametrize(
+    ("s", "head_dim", "cluster", "at_once"),
+    [
+        (320, 64, 1, 2),
+        (384, 64, 2, 2),
+        (1024, 64, 4, 2),
+        (2560, 64, 8, 2),
+        (2624, 64, 4, 1),
+        (6144, 64, 8, 1),
+        (192, 65, 1, 2),
+        (1536, 65, 8, 2),
+        (5120, 65, 8, 1),
+    ],
+)
+def test_short_strips_are_held(s, head_dim, cluster, at_once):
+    """By the fewest blocks of threads, two at once on a multiprocessor if they can."""
+    long = problem(t=4096, s=s, head_dim=head_dim)
+    blocks = default_blocks(long)
+    assert (blocks.period, blocks.is_held, blocks.cluster) == (0, True, cluster)
+    # In bytes: a tile of queries and two of keys; vectors of 64; what is held.
+    num_tiles = -(-s // (64 * cluster))
+    total = (
+        2 * 64 * (64 if head_dim == 64 else 128) * 3 + 3 * 2**10 + 4 * 64**2 * num_tiles
+    )
+    total += 2**10 if cluster > 1 else 0
+    assert sweep_bytes(long, blocks) == total <= SHARED_MEMORY // at_once
+    fewer = dataclasses.replace(blocks, cluster=max(1, cluster - 1))
+    most = SHARED_MEMORY // at_once
+    assert cluster == 1 or sweep_bytes(long, fewer) > most
 
-    assert (most(), most(head_dim=65)) == (768, 640)
-    wide = problem(s=768, head_dim=128)
-    assert sweep_bytes(wide, default_blocks(wide)) < SHARED_MEMORY
+
+@pytest.mark.parametrize(("s", "head_dim"), [(6145, 64), (5121, 65)])
+def test_long_strips_are_made_twice(s, head_dim):
+    blocks = default_blocks(problem(t=4096, s=s, head_dim=head_dim))
+    assert (blocks.period, blocks.is_held, blocks.cluster) == (0, False, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ Otherwise a program has a strip of 64 rows and passes over all columns, tile by 
 One pass is one launch, because column sums cross programs: each program writes its
 share, the shares are added in one order, and results repeat to the bit. The shares are
 the largest array there is, of T S / 64 numbers a head. A pass of the iteration makes
-every entry once where shared memory holds a strip of it (768 keys, or 640 with more
-than 64 head dimensions), and twice beyond. So does each pass of the reverse sweep, one
-for every iteration after another that seeds it. The last pass makes entries three times
-for dq, and as often for dk and dv.
+every entry once where the shared memory of a cluster holds a strip of it (6144 keys, or
+5120 with more than 64 head dimensions), and twice beyond. So does each pass of the
+reverse sweep, one for every iteration after another that seeds it. The last pass makes
+entries three times for dq, and as often for dk and dv.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.

@@ -30,13 +30,14 @@ class Blocks:
         num_col_tiles: Tiles that cover all keys.
         is_held: Whether the kernel matrix of a strip stays in shared memory between
             the sums over its rows and those over its columns. Otherwise it is made
-            twice.
+            twice, and no cluster shares it.
         period: Iterations for which the kernel matrix of a head stays in shared
             memory, in one launch for all. 0 for a launch each.
         head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
             range; its entries are rounded like the plan before it meets the values.
-        cluster: Blocks of threads that share such a head: each has some of its
-            strips, and they exchange sums of columns.
+        cluster: Blocks of threads that share a head that stays, each with some of its
+            strips, or a strip that is held, each with some of its columns. They
+            exchange sums.
         max_warpgroups: That may share what a block has of such a head. With 4, a
             thread has 128 registers.
     """
@@ -110,8 +111,7 @@ def default_blocks(problem: Problem) -> Blocks:
         num_col_tiles=-(-problem.s // tile),
         is_held=True,
     )
-    if sweep_bytes(problem, blocks) > SHARED_MEMORY:
-        blocks = dataclasses.replace(blocks, is_held=False)
+    blocks = _held_strips(problem, blocks)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
         return blocks
     clusters, dtypes = range(1, MAX_CLUSTER + 1), head_dtypes(problem)
@@ -126,6 +126,16 @@ def default_blocks(problem: Problem) -> Blocks:
         if max(needs) <= SHARED_MEMORY:
             return resident
     return blocks
+
+
+def _held_strips(problem, blocks):
+    """With the fewest blocks of threads that hold a strip, two at once if they can."""
+    for room in (SHARED_MEMORY // 2, SHARED_MEMORY):
+        for cluster in range(1, MAX_CLUSTER + 1):
+            shared = dataclasses.replace(blocks, cluster=cluster)
+            if sweep_bytes(problem, shared) <= room:
+                return shared
+    return dataclasses.replace(blocks, is_held=False)
 
 
 def head_dtypes(problem: Problem) -> tuple[HeadDtype, ...]:
@@ -220,7 +230,11 @@ def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
     h = padded_dim(problem.head_dim)
     operand = problem.dtype.itemsize * blocks.tile * h
     vectors = allocated(4 * blocks.tile) + 2 * allocated(2 * 4 * blocks.tile)
-    held = 4 * blocks.tile * blocks.cols if blocks.is_held else 0
+    held = 0
+    if blocks.is_held:
+        num_tiles = strips_of_block(blocks.num_col_tiles, blocks.cluster)
+        held = 4 * blocks.tile**2 * num_tiles
+        held += allocated(4 * blocks.tile) * (blocks.cluster > 1)
     return 3 * operand + vectors + held
 
 

@@ -23,7 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
 from ._kernels import reciprocal
-from ._mosaic_gpu_blocks import Blocks
+from ._mosaic_gpu_blocks import Blocks, strips_of_block
+from ._mosaic_gpu_held import team
 from ._mosaic_gpu_resident import solve
 from ._mosaic_gpu_strips import (
     Ref,
@@ -210,16 +211,20 @@ def sweep(
     """Sums s = P weights, and P^T s, or P^T (1 / s) if it `inverts`; P of f and g."""
     heads, tile, h = f.shape[0], blocks.tile, query.shape[2]
     groups = heads // key_t.shape[0]
-    num_tiles = blocks.num_col_tiles
+    cluster = blocks.cluster if blocks.is_held else 1
 
     def body(query_ref, key_ref, f_ref, g_ref, weights_ref, *rest: Ref):
         # query [BN, T, H], key [BK, H, S], f [BN, T], g, weights [BN, S]; sums [BN, T],
         # shares [BN, T / tile, S]. Shared: query [tile, H], key [2, H, tile], f
-        # [tile], g, weights [2, tile], held [S / tile, tile, tile] or empty.
+        # [tile], g, weights [2, tile], held [S / tile, tile, tile] or empty; of a strip
+        # that a cluster has, a block has some columns, and its part of the sums [tile].
         sums_ref, shares_ref, *scratch = rest
         q_tile, f_tile, k_tile, g_tile, w_tile, row_barrier, barrier, *held = scratch
+        part_tile: Ref = held.pop() if cluster > 1 else None
         n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
+        crew = team(1, None, cluster)
+        first, num_tiles = crew.own(blocks.num_col_tiles)
         load(
             row_barrier,
             [(query_ref.at[n, rows], q_tile), (f_ref.at[n, rows], f_tile)],
@@ -227,7 +232,7 @@ def sweep(
         f = of_rows(f_tile)
 
         def copies(j):
-            cols = span(j, tile)
+            cols = span(first + j, tile)
             return (
                 (key_ref.at[shared_head(n, groups), :, cols], k_tile),
                 (g_ref.at[n, cols], g_tile),
@@ -246,11 +251,19 @@ def sweep(
             return sums + row_sums(kernel, of_cols(w_tile, slot))
 
         sums = over_tiles(num_tiles, 2, barrier, copies, add_rows, zeros(tile))
-        sums_ref[n, rows] = sums
+        if cluster > 1:
+            part_tile[...] = sums
+            crew.meet_all()
+            sums = crew.sums_of_blocks(of_rows, part_tile)
+
+        @crew.when_own(jnp.int32(0), cluster)
+        def _():
+            sums_ref[n, rows] = sums
+
         left = reciprocal(sums) if inverts else sums
 
         def put_share(j, kernel):
-            shares_ref[n, i, span(j, tile)] = col_sums(kernel, left)
+            shares_ref[n, i, span(first + j, tile)] = col_sums(kernel, left)
 
         if held:
 
@@ -268,6 +281,7 @@ def sweep(
                 return carry
 
             over_tiles(num_tiles, 2, barrier, copies, remake_columns, jnp.int32(0))
+        crew.leave()
 
     scratch = [
         operand(tile, h, dtype=problem.dtype),
@@ -280,8 +294,10 @@ def sweep(
     ]
     if blocks.is_held:
         transforms = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
-        shape = num_tiles, tile, tile
+        shape = strips_of_block(blocks.num_col_tiles, cluster), tile, tile
         scratch.append(plgpu.SMEM(shape, jnp.float32, transforms=transforms))
+    if cluster > 1:
+        scratch.append(plgpu.SMEM((tile,), jnp.float32))
     sums, shares = call_kernel(
         body,
         "sinkhorn_attention_sweep",
@@ -296,6 +312,7 @@ def sweep(
         f,
         g,
         weights,
+        cluster=cluster,
     )
     return sums, shares.sum(axis=1)
 

@@ -198,10 +198,12 @@ class Team(NamedTuple):
         self.share(count, fetch)
         self.meet()
 
-    def sums_of_blocks(self, ref: Ref, *index: Any) -> Float[Array, " J"]:
-        """What all blocks have there, added up; once they have met."""
+    def sums_of_blocks(
+        self, read: Callable[..., Float[Array, " J"]], ref: Ref, *index: Any
+    ) -> Float[Array, " J"]:
+        """What all blocks have there, as one reads it, added up; once they have met."""
         parts = [
-            of_sums(plgpu.cluster_ref(ref, {"block": jnp.int32(block)}), *index)
+            read(plgpu.cluster_ref(ref, {"block": jnp.int32(block)}), *index)
             for block in range(self.num_blocks)
         ]
         return functools.reduce(jnp.add, parts)

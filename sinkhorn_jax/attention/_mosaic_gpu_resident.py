@@ -213,7 +213,7 @@ def solve(
 
         def col_step(k, j):
             if blocks.cluster > 1:
-                sums = crew.sums_of_blocks(part_tile, slot_of(k), j)
+                sums = crew.sums_of_blocks(of_sums, part_tile, slot_of(k), j)
             else:
                 sums = held.col_sums(j, u_tile)
 

@@ -230,7 +230,7 @@ def reverse(
             def row_step(i):
                 u = of_sums(u_tile, slot, i)
                 if blocks.cluster > 1:
-                    minus_df = u * crew.sums_of_blocks(part_tile, slot, i)
+                    minus_df = u * crew.sums_of_blocks(of_sums, part_tile, slot, i)
                 else:
                     minus_df = u * held.col_sums(i, right_tile)
                 left_tile[i] = u * minus_df

@@ -166,7 +166,7 @@ def at_once(do: Callable[[], None]) -> None:
 
 
 def over_tiles(
-    num_tiles: int,
+    num_tiles: int | Int[Array, ""],
     num_slots: int,
     barrier_ref: Ref,
     copies: Callable[[Int[Array, ""]], Sequence[tuple[Ref, Ref]]],
@@ -179,7 +179,7 @@ def over_tiles(
     """`body(j, slot, carry)` for each tile j, whose copies lie in that slot.
 
     Args:
-        num_tiles: How many.
+        num_tiles: How many, at least one if it is a number.
         num_slots: 2 to copy the next tile while one is in use, or 1.
         barrier_ref: One barrier for each slot, with one arrival for each copy.
         copies: Sources and targets for a tile; targets have a leading axis of slots.
@@ -215,7 +215,8 @@ def over_tiles(
         return body(j, slot, carry)
 
     if num_slots > 1:
-        fetch(jnp.int32(0))
+        is_any = at_once if isinstance(num_tiles, int) else pl.when(num_tiles > 0)
+        is_any(lambda: fetch(jnp.int32(0)))
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_tiles), step, carry)
 
 
