@@ -2,12 +2,11 @@
 
 Where shared memory holds the kernel matrix of a head, a program has a head: the forward
 pass is one launch, the reverse sweep of the gradient another one, and its last pass a
-third where the cotangents of all queries have room beside a tile. In float32 there is
-room for 192 x 192 entries with 64 head dimensions, for 128 x 256 with 128; in bfloat16,
-for inputs in it, for 256 x 256. Larger ones, to 512 x 512, lie in the shared memory of
-a cluster, of two to eight blocks of threads. Warpgroups share a head. With 10
-iterations the sweep makes every entry of the plan three times, and so does the last
-pass.
+third where the cotangents of all queries have room beside a tile. One block of threads
+has room for 192 x 192 entries in float32, for 256 x 256 in bfloat16, which inputs in it
+may have. Larger ones, to 512 x 512, lie in the shared memory of a cluster, of two to
+eight blocks of threads. Warpgroups share a head. With 10 iterations the sweep makes
+every entry of the plan three times, and so does the last pass.
 
 Otherwise a program has a strip of 64 rows and passes over all columns, tile by tile.
 One pass is one launch, because column sums cross programs: each program writes its

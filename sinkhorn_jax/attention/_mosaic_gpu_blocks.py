@@ -17,6 +17,8 @@ MAX_HEAD_DIM: Final = 128  # More, and the accumulators of a tile leave the regi
 MAX_ITERS: Final = 64
 # Blocks of threads that every GPU since Hopper lets into one cluster.
 MAX_CLUSTER: Final = 8
+# Multiprocessors that a cluster lies within: an H100 has them in groups of 16 or 18.
+GROUP: Final = 16
 HeadDtype = Literal["float32", "bfloat16"]
 
 
@@ -103,7 +105,11 @@ class Crew(NamedTuple):
 
 
 def default_blocks(problem: Problem) -> Blocks:
-    """Tiles that cover the problem; what shared memory has room for is held."""
+    """Tiles that cover the problem; what shared memory has room for is held.
+
+    By counting, not by measuring: as if a warpgroup took the same time for each tile,
+    and as many blocks of threads were busy as clusters of them have room for.
+    """
     tile = 64
     blocks = Blocks(
         tile=tile,
@@ -111,31 +117,66 @@ def default_blocks(problem: Problem) -> Blocks:
         num_col_tiles=-(-problem.s // tile),
         is_held=True,
     )
-    blocks = _held_strips(problem, blocks)
+    strips = _held_strips(problem, blocks)
     if problem.options.num_iters == 0:  # No iterations to hold a head for.
-        return blocks
+        return strips
+    period = max_period(problem)
     clusters, dtypes = range(1, MAX_CLUSTER + 1), head_dtypes(problem)
-    for num_slots, cluster, dtype in itertools.product((2, 1), clusters, dtypes):
-        resident = dataclasses.replace(
-            blocks, period=max_period(problem), head_dtype=dtype, cluster=cluster
-        )
-        needs = (
-            resident_bytes(problem, resident, Crew(1, num_slots)),
-            reverse_bytes(problem, resident, Crew(1, 1)),
-        )
-        if max(needs) <= SHARED_MEMORY:
-            return resident
-    return blocks
+    heads = [
+        dataclasses.replace(blocks, period=period, head_dtype=dtype, cluster=cluster)
+        for cluster, dtype in itertools.product(clusters, dtypes)
+    ]
+    known = [x for x in heads if _has_room(problem, x)]
+    return min(known, key=lambda x: _time_of_head(problem, x), default=strips)
 
 
 def _held_strips(problem, blocks):
-    """With the fewest blocks of threads that hold a strip, two at once if they can."""
-    for room in (SHARED_MEMORY // 2, SHARED_MEMORY):
-        for cluster in range(1, MAX_CLUSTER + 1):
-            shared = dataclasses.replace(blocks, cluster=cluster)
-            if sweep_bytes(problem, shared) <= room:
-                return shared
-    return dataclasses.replace(blocks, is_held=False)
+    def time(blocks):
+        at_once = min(2, SHARED_MEMORY // sweep_bytes(problem, blocks))
+        num_tiles = strips_of_block(blocks.num_col_tiles, blocks.cluster)
+        return num_tiles / _busy(blocks.cluster, at_once)
+
+    clusters = range(1, MAX_CLUSTER + 1)
+    shared = [dataclasses.replace(blocks, cluster=x) for x in clusters]
+    held = [x for x in shared if sweep_bytes(problem, x) <= SHARED_MEMORY]
+    return min(held, key=time, default=dataclasses.replace(blocks, is_held=False))
+
+
+def _has_room(problem, blocks):
+    """For a head that stays, forward and backward."""
+    return all(
+        needs(problem, blocks, Crew(1, 1)) <= SHARED_MEMORY
+        for needs in (resident_bytes, reverse_bytes)
+    )
+
+
+def _time_of_head(problem, blocks):
+    """In turns of an iteration, forward and backward, for each cluster at work."""
+    turns = _turns(blocks, resident_crew(problem, blocks).size)
+    turns += _turns(_transposed(blocks), reverse_crew(problem, blocks).size)
+    return turns / _busy(blocks.cluster)
+
+
+def _busy(cluster, at_once=1):
+    """Clusters at work in a group of multiprocessors, with so many blocks on each."""
+    return GROUP * at_once // cluster
+
+
+def _turns(blocks, size):
+    """Tiles one after the other in an iteration, of a block with so many warpgroups.
+
+    Each takes whole strips for the sums of rows, and whole columns of tiles for others.
+    """
+    num_strips = strips_of_block(blocks.num_row_tiles, blocks.cluster)
+    num_tiles = blocks.num_col_tiles
+    return -(-num_strips // size) * num_tiles + -(-num_tiles // size) * num_strips
+
+
+def _transposed(blocks):
+    """Whose strips are those of the reverse sweep: keys."""
+    return dataclasses.replace(
+        blocks, num_row_tiles=blocks.num_col_tiles, num_col_tiles=blocks.num_row_tiles
+    )
 
 
 def head_dtypes(problem: Problem) -> tuple[HeadDtype, ...]:
@@ -158,7 +199,7 @@ def max_period(problem: Problem) -> int:
 
 def resident_crew(problem: Problem, blocks: Blocks) -> Crew:
     """Of a resident head's forward pass."""
-    return _largest_crew(problem, blocks, resident_bytes)
+    return _best_crew(problem, blocks, resident_bytes, blocks)
 
 
 def resident_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
@@ -184,7 +225,7 @@ def values_lie_with_keys(problem: Problem, blocks: Blocks) -> bool:
 
 def reverse_crew(problem: Problem, blocks: Blocks) -> Crew:
     """Of a resident head's reverse sweep."""
-    return _largest_crew(problem, blocks, reverse_bytes)
+    return _best_crew(problem, blocks, reverse_bytes, _transposed(blocks))
 
 
 def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
@@ -201,18 +242,15 @@ def reverse_bytes(problem: Problem, blocks: Blocks, crew: Crew) -> int:
     return kernel + sum(map(allocated, operands + vectors + of_steps))
 
 
-def _largest_crew(problem, blocks, needs):
-    """As many warpgroups as there is room for, if the tiles take fewer turns by it."""
-    longer = max(blocks.num_row_tiles, blocks.num_col_tiles)
-    sizes = {-(-longer // turns) for turns in range(1, longer + 1)}
-    for size in sorted(sizes, reverse=True):
-        for num_slots in (2, 1):
-            crew = Crew(size, num_slots)
-            if size <= blocks.max_warpgroups and (
-                needs(problem, blocks, crew) <= SHARED_MEMORY
-            ):
-                return crew
-    return Crew(1, 1)
+def _best_crew(problem, blocks, needs, strips):
+    """Of the warpgroups that there is room for, the fewest with the fewest turns."""
+    crews = [
+        Crew(size, num_slots)
+        for size in range(1, blocks.max_warpgroups + 1)
+        for num_slots in (2, 1)
+    ]
+    known = [x for x in crews if needs(problem, blocks, x) <= SHARED_MEMORY]
+    return min(known, key=lambda x: _turns(strips, x.size), default=Crew(1, 1))
 
 
 def strips_of_block(num_strips: int, cluster: int) -> int:
