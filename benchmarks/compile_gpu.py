@@ -50,7 +50,7 @@ class Config:
     """What to compile."""
 
     cuda: Path = Path(".venv/cuda")  # What pip install --target was given.
-    tokens: tuple[int, ...] = (64, 128, 192, 256, 512, 1024, 2048, 4096)
+    tokens: tuple[int, ...] = (64, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
     few_tokens: tuple[int, ...] = (256, 512, 1024)
     xla_tokens: tuple[int, ...] = (256, 1024, 4096)
     dtypes: tuple[str, ...] = ("bfloat16", "float16")

@@ -206,8 +206,9 @@ def test_kernels_took_no_more_shared_memory_than_estimated():
 def test_all_regimes_were_compiled():
     regimes = {row.blocks.regime for row in ATTENTION}
     expected = {"strips, held", "strips, made twice"}
+    expected |= {f"strips, held, cluster of {size}" for size in (4, 8)}
     expected |= {f"resident, {dtype}" for dtype in ("float32", "bfloat16")}
-    expected |= {f"resident, bfloat16, cluster of {size}" for size in (4, 8)}
+    expected |= {f"resident, bfloat16, cluster of {size}" for size in (2, 4, 8)}
     expected |= {f"resident, float32, cluster of {size}" for size in (2, 8)}
     assert regimes == expected
 
