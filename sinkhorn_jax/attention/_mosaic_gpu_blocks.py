@@ -271,7 +271,7 @@ def sweep_bytes(problem: Problem, blocks: Blocks) -> int:
     held = 0
     if blocks.is_held:
         num_tiles = strips_of_block(blocks.num_col_tiles, blocks.cluster)
-        held = 4 * blocks.tile**2 * num_tiles
+        held = 4 * blocks.tile**2 * num_tiles + allocated(4 * blocks.tile)
         held += allocated(4 * blocks.tile) * (blocks.cluster > 1)
     return 3 * operand + vectors + held
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._kernels import reciprocal
 from ._mosaic_gpu_blocks import Blocks, strips_of_block
-from ._mosaic_gpu_held import team
+from ._mosaic_gpu_held import Held, do_each, team
 from ._mosaic_gpu_resident import solve
 from ._mosaic_gpu_strips import (
     Ref,
@@ -44,6 +44,7 @@ from ._mosaic_gpu_strips import (
     row_sums,
     shared_head,
     span,
+    total_log,
     vector,
     zeros,
 )
@@ -194,7 +195,7 @@ def log_row_sums(
         y_t,
         g,
     )
-    return top + jnp.log(total)
+    return total_log(top, total)
 
 
 def sweep(
@@ -216,11 +217,15 @@ def sweep(
     def body(query_ref, key_ref, f_ref, g_ref, weights_ref, *rest: Ref):
         # query [BN, T, H], key [BK, H, S], f [BN, T], g, weights [BN, S]; sums [BN, T],
         # shares [BN, T / tile, S]. Shared: query [tile, H], key [2, H, tile], f
-        # [tile], g, weights [2, tile], held [S / tile, tile, tile] or empty; of a strip
-        # that a cluster has, a block has some columns, and its part of the sums [tile].
+        # [tile], g, weights [2, tile]; of a strip that is held, the kernel matrix [1, S
+        # / tile, tile, tile] and what its rows are multiplied by [1, tile]; where a
+        # cluster has a strip, a block's part of the sums of rows [tile], and some
+        # columns of the matrix.
         sums_ref, shares_ref, *scratch = rest
-        q_tile, f_tile, k_tile, g_tile, w_tile, row_barrier, barrier, *held = scratch
-        part_tile: Ref = held.pop() if cluster > 1 else None
+        q_tile, f_tile, k_tile, g_tile, w_tile, row_barrier, barrier, *more = scratch
+        held = Held(more.pop(0), 0, 1) if blocks.is_held else None
+        left_tile: Ref = more.pop(0) if blocks.is_held else None
+        part_tile: Ref = more.pop(0) if cluster > 1 else None
         n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
         crew = team(1, None, cluster)
@@ -246,8 +251,7 @@ def sweep(
         def add_rows(j, slot, sums):
             kernel = kernel_at(slot)
             if held:
-                # Each thread reads back what it has written itself.
-                held[0][j] = kernel
+                held.put(jnp.int32(0), j, kernel)
             return sums + row_sums(kernel, of_cols(w_tile, slot))
 
         sums = over_tiles(num_tiles, 2, barrier, copies, add_rows, zeros(tile))
@@ -262,22 +266,17 @@ def sweep(
 
         left = reciprocal(sums) if inverts else sums
 
-        def put_share(j, kernel):
-            shares_ref[n, i, span(first + j, tile)] = col_sums(kernel, left)
+        def put_share(j, share):
+            shares_ref[n, i, span(first + j, tile)] = share
 
         if held:
-
-            def add_columns(j, carry):
-                put_share(j, plgpu.layout_cast(held[0][j], plgpu.Layout.WGMMA))
-                return carry
-
-            jax.lax.fori_loop(
-                jnp.int32(0), jnp.int32(num_tiles), add_columns, jnp.int32(0)
-            )
+            left_tile[0] = left
+            crew.meet()
+            do_each(num_tiles, lambda j: put_share(j, held.col_sums(j, left_tile)))
         else:
 
             def remake_columns(j, slot, carry):
-                put_share(j, kernel_at(slot))
+                put_share(j, col_sums(kernel_at(slot), left))
                 return carry
 
             over_tiles(num_tiles, 2, barrier, copies, remake_columns, jnp.int32(0))
@@ -293,9 +292,11 @@ def sweep(
         plgpu.Barrier(num_arrivals=3, num_barriers=2),
     ]
     if blocks.is_held:
-        transforms = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
-        shape = strips_of_block(blocks.num_col_tiles, cluster), tile, tile
-        scratch.append(plgpu.SMEM(shape, jnp.float32, transforms=transforms))
+        own_tiles = strips_of_block(blocks.num_col_tiles, cluster)
+        scratch += [
+            operand(1, own_tiles, tile, tile, dtype=jnp.dtype("float32")),
+            plgpu.SMEM((1, tile), jnp.float32),
+        ]
     if cluster > 1:
         scratch.append(plgpu.SMEM((tile,), jnp.float32))
     sums, shares = call_kernel(

@@ -253,7 +253,7 @@ def each(
     return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)
 
 
-def do_each(count: int, do: Callable[..., None]) -> None:
+def do_each(count: int | Int[Array, ""], do: Callable[..., None]) -> None:
     """`do(i)` for so many i."""
 
     def step(i, nothing):

@@ -49,6 +49,7 @@ from ._mosaic_gpu_strips import (
     product,
     shared_head,
     span,
+    total_log,
     vector,
     zeros,
 )
@@ -151,8 +152,7 @@ def solve(
                 return log_sum(carry, products, of_cols(other_tile, j), problem.scale)
 
             least = zeros(tile) + jnp.finfo(jnp.float32).min
-            top, total = of_products(x, i, y, step, (least, zeros(tile)))
-            return top + jnp.log(total)
+            return total_log(*of_products(x, i, y, step, (least, zeros(tile))))
 
         def softmax(i):
             # Read before a barrier, written after it: four threads share a row.

@@ -6,6 +6,7 @@ one of several that share a head (`_mosaic_gpu_held`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -24,6 +25,8 @@ Carry = TypeVar("Carry")
 TILE: Final = plgpu.Layout.WGMMA  # How a warpgroup's registers hold a tile,
 ROWS: Final = TILE.reduce(1)  # a number for each row of it,
 COLS: Final = TILE.reduce(0)  # and for each column.
+# The hardware has powers of two, and a power of e costs some operations more.
+LOG2_E: Final = math.log2(math.e)
 
 
 def along_rows(x: Float[Array, " I"], like: Float[Array, "I J"]) -> Float[Array, "I J"]:
@@ -44,8 +47,9 @@ def kernel_of(
     scale: float,
 ) -> Float[Array, "I J"]:
     """exp(logits + f + g); a potential of -inf makes padding of its row or column."""
-    logits = products * jnp.float32(scale)
-    return jnp.exp((logits + along_rows(f, logits)) + along_cols(g, logits))
+    f, g = f * jnp.float32(LOG2_E), g * jnp.float32(LOG2_E)
+    logits = products * jnp.float32(scale * LOG2_E)
+    return jnp.exp2((logits + along_rows(f, logits)) + along_cols(g, logits))
 
 
 def log_sum(
@@ -54,13 +58,21 @@ def log_sum(
     g: Float[Array, " J"],
     scale: float,
 ) -> tuple[Float[Array, " I"], Float[Array, " I"]]:
-    """Row maxima and sums under them, with another tile; start from least and 0."""
+    """Row maxima and sums under them, with another tile; start from least and 0.
+
+    Maxima are logarithms to base 2, of exp(logits + g); see `total_log`.
+    """
     top, total = carry
-    x = products * jnp.float32(scale)
-    x = x + along_cols(g, x)
+    x = products * jnp.float32(scale * LOG2_E)
+    x = x + along_cols(g * jnp.float32(LOG2_E), x)
     next_top = jnp.maximum(top, x.max(axis=1))
-    more = jnp.exp(x - along_rows(next_top, x)).sum(axis=1)
-    return next_top, total * jnp.exp(top - next_top) + more
+    more = jnp.exp2(x - along_rows(next_top, x)).sum(axis=1)
+    return next_top, total * jnp.exp2(top - next_top) + more
+
+
+def total_log(top: Float[Array, "..."], total: Float[Array, "..."]) -> Array:
+    """Natural logarithms of the sums that `log_sum` has come to."""
+    return top * jnp.float32(1 / LOG2_E) + jnp.log(total)
 
 
 def less_outer(
