@@ -53,18 +53,22 @@ WORK_METHOD: Final = (
     "Counted in the traced kernels, over their loops and launches, for an entry of the "
     "logits: matrix *products*, in units of 2 H flops, where H below 64 is padded; "
     "*exps*, beside those of flash attention, one forward and two backward; *vector "
-    "operations*, which the compiler may fuse in pairs. *estimate* is a **roofline, "
-    "not a measurement; nothing ran**: the largest of the three over an H100 SXM's "
-    "peaks, as if they overlapped without loss and all multiprocessors had work; "
-    "memory, launches and what is outside of the kernels are left out. *x softmax's "
-    "exps* is that over the time of softmax's "
-    "exponentials alone, on the units that make ours. Peaks: "
+    "operations*, a product that is only added to something being one with the sum; "
+    "*shared*, bytes of tiles that are read and written in shared memory, by threads, "
+    "copies and tensor cores. *estimate* is a **roofline, not a measurement; nothing "
+    "ran**: the largest of the four over an H100 SXM's peaks, as if they overlapped "
+    "without loss and all multiprocessors had work; what threads exchange in their "
+    "sums, memory, launches and what is outside of the kernels are left out. *x "
+    "softmax's exps* is that over the time of softmax's exponentials alone, on the "
+    "units that make ours. Peaks: "
     f"{_hopper.FLOPS / 1e12:.0f} Tflop/s of dense products and "
     f"{_hopper.VECTOR_OPS / 1e12:.3g} T/s of vector operations ([data sheet]"
     "(https://www.nvidia.com/en-us/data-center/h100/), half of its float32 flops), "
-    f"{_hopper.EXPS / 1e12:.3g} T/s of exponentials (16 for 128 of those: [CUDA C++ "
-    "Programming Guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/), "
-    "arithmetic instructions)."
+    f"{_hopper.EXPS / 1e12:.3g} T/s of exponentials and "
+    f"{_hopper.SHARED_BYTES / 1e12:.3g} TB/s of shared memory (16, and 128 bytes, for "
+    "128 of those: [CUDA C++ Programming Guide]"
+    "(https://docs.nvidia.com/cuda/cuda-c-programming-guide/), arithmetic instructions "
+    "and compute capability 9.0)."
 )
 
 
@@ -110,6 +114,7 @@ class Work:
     flops: int  # Of matrix products.
     exps: int
     vector: int
+    shared: int  # Bytes of tiles read and written in shared memory.
 
     @property
     def parts(self) -> dict[str, float]:
@@ -118,6 +123,7 @@ class Work:
             "tensor cores": self.flops / _hopper.FLOPS,
             "exponentials": self.exps / _hopper.EXPS,
             "vector operations": self.vector / _hopper.VECTOR_OPS,
+            "shared memory": self.shared / _hopper.SHARED_BYTES,
         }
 
 
@@ -256,7 +262,8 @@ def _memory(rows):
 WORK_HEADER: Final = (
     *("dtype", "H", "iterations", "tokens", "pass", "launches", "products", "exps"),
     "softmax's exps",
-    *("vector operations", "estimate, µs", "x softmax's exps", "limited by"),
+    *("vector operations", "shared, bytes", "estimate, µs", "x softmax's exps"),
+    "limited by",
 )
 
 
@@ -276,6 +283,7 @@ def _work(rows):
                     f"{work.flops / (2 * row.head_dim * entries):.2f}",
                     *(f"{work.exps / entries:.2f}", str(softmax)),
                     f"{work.vector / entries:.1f}",
+                    f"{work.shared / entries:.1f}",
                     _table.number(1e6 * seconds),
                     _table.number(seconds / (softmax * entries / _hopper.EXPS)),
                     limit,

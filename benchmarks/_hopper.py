@@ -53,6 +53,9 @@ VECTOR_OPS: Final = 67e12 / 2
 # Programming Guide, "Arithmetic Instructions",
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/.
 EXPS: Final = VECTOR_OPS * 16 / 128
+# And 128 bytes of shared memory, from 32 banks of 4: the same guide, "Compute
+# Capabilities", 9.0.
+SHARED_BYTES: Final = VECTOR_OPS * 128 / 128
 
 
 def blocks_at_once(registers: int, threads: int, shared: int) -> tuple[int, str]:

@@ -5,6 +5,7 @@ the grid, loop counters and what it keeps in SMEM are followed, arrays are not. 
 branches and loops go as on the device, and operations on arrays are counted as often.
 """
 
+import collections
 import itertools
 import math
 import operator
@@ -19,6 +20,8 @@ VECTOR: Final = frozenset(
     "add add_any sub mul div max min neg abs sign select_n eq ne lt le gt ge and or "
     "not convert_element_type integer_pow reduce_sum reduce_max reduce_min".split()
 )
+# Those that a GPU does with a product in one.
+SUMS: Final = frozenset("add add_any sub reduce_sum".split())
 TRANSCENDENTAL: Final = frozenset("exp exp2 log log1p tanh logistic".split())
 # Passes of bfloat16 products through the matrix unit that make one of float32.
 HIGHEST_PASSES: Final = 6
@@ -59,6 +62,7 @@ class Work(NamedTuple):
     exps: int = 0  # With logarithms and the like, of array elements.
     vector: int = 0  # Operations on array elements, sums with them.
     num_bytes: int = 0  # Moved between HBM and VMEM.
+    shared: int = 0  # Bytes of tiles read and written in a GPU's shared memory.
     estimate: Any = None  # The kernel's own `pl.CostEstimate`.
     times: int = 1  # Launches, of Mosaic GPU's.
 
@@ -84,8 +88,9 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
     """The work of each Mosaic GPU kernel of a function, in one of its launches.
 
     All programs of a kernel do alike, and the first one is counted, with all of its
-    warpgroups, in all blocks of threads if it is a cluster of them. What they move is
-    not, because most of it may come from a cache.
+    warpgroups, in all blocks of threads if it is a cluster of them. A product that is
+    only added to something is one operation with that sum, as it is to the compiler.
+    What comes from outside a multiprocessor is not counted: most of it may be cached.
 
     Raises:
         ValueError: A kernel's loop ends by what arrays hold.
@@ -98,7 +103,7 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
 
 def _gpu_kernel(eqn, times) -> Work:
     (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
-    counter = _Counter()
+    counter = _Counter(fuses=True)
     names = *mesh.cluster_names, mesh.thread_name
     sizes = *mesh.cluster, mesh.num_threads or 1
     for at in itertools.product(*map(range, sizes)):
@@ -111,6 +116,7 @@ def _gpu_kernel(eqn, times) -> Work:
         passes=counter.passes * num_programs,
         exps=counter.exps * num_programs,
         vector=counter.vector * num_programs,
+        shared=counter.shared * num_programs,
         times=times,
     )
 
@@ -141,8 +147,10 @@ class _Ref:
 
 
 class _Counter:
-    def __init__(self):
-        self.flops = self.passes = self.exps = self.vector = 0
+    def __init__(self, *, fuses=False):
+        self.flops = self.passes = self.exps = self.vector = self.shared = 0
+        self._fuses = fuses
+        self._fused = {}  # By jaxpr, so that each is searched once.
 
     def run(self, jaxpr, consts, args, grid_point):
         """Results, None where they are not followed."""
@@ -152,13 +160,40 @@ class _Counter:
         def read(x):
             return _number(x.val) if hasattr(x, "val") else env.get(x)
 
+        fused = self._fused_in(jaxpr)
         for eqn in jaxpr.eqns:
+            if fused.intersection(eqn.outvars):
+                continue
             results = self._equation(eqn, [read(x) for x in eqn.invars], grid_point)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(x) for x in jaxpr.outvars]
 
+    def _fused_in(self, jaxpr):
+        """Products of arrays that are only added to something, one for each sum."""
+        if not self._fuses:
+            return frozenset()
+        if jaxpr not in self._fused:
+            read = [_variables(eqn.invars) for eqn in jaxpr.eqns]
+            uses = collections.Counter(
+                itertools.chain(*read, _variables(jaxpr.outvars))
+            )
+            products = {
+                eqn.outvars[0]
+                for eqn in jaxpr.eqns
+                if eqn.primitive.name == "mul"
+                and eqn.outvars[0].aval.shape
+                and uses[eqn.outvars[0]] == 1
+            }
+            self._fused[jaxpr] = {
+                next((x for x in some if x in products), None)
+                for some, eqn in zip(read, jaxpr.eqns, strict=True)
+                if eqn.primitive.name in SUMS
+            }
+        return self._fused[jaxpr]
+
     def _equation(self, eqn, values, at):
         name, params = eqn.primitive.name, eqn.params
+        self._count_shared(eqn)
         if name == "program_id":
             return [at[params["axis"]]]
         if name == "axis_index":  # Of a GPU's kernel; of its grid no more is known.
@@ -186,6 +221,23 @@ class _Counter:
             return [_SCALARS[name](*values)]
         self._count(eqn)
         return [None] * len(eqn.outvars)
+
+    def _count_shared(self, eqn):
+        """Bytes of tiles; a vector of one is little beside it."""
+        name = eqn.primitive.name
+        if name == "wgmma_ref":
+            for x in eqn.invars[1:3]:
+                self._add_shared(x, x.aval.shape[-4:])
+        elif name == "copy_gmem_to_smem":
+            self._add_shared(eqn.invars[1], eqn.invars[1].aval.shape[-4:])
+        elif name == "get":
+            self._add_shared(eqn.invars[0], eqn.outvars[0].aval.shape)
+        elif name == "swap":
+            self._add_shared(eqn.invars[0], eqn.invars[1].aval.shape)
+
+    def _add_shared(self, ref, shape):
+        if "smem" in str(ref.aval) and len(shape) > 1:
+            self.shared += math.prod(shape) * ref.aval.dtype.itemsize
 
     def _while(self, params, values, at):
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
@@ -294,6 +346,10 @@ class _Block:
         if self._moves and index != self._index:
             self._index = index
             self.num_bytes += self._size
+
+
+def _variables(some):
+    return [x for x in some if not hasattr(x, "val")]
 
 
 def _number(x):

@@ -214,7 +214,7 @@ def work_of(case: Case, mode: _program.Mode) -> tuple[_compiled_gpu.Work, ...]:
             launches=sum(x.times for x in works),
             **{
                 field: case.heads * sum(x.times * getattr(x, field) for x in works)
-                for field in ("flops", "exps", "vector")
+                for field in ("flops", "exps", "vector", "shared")
             },
         )
         for direction, works in passes.items()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import _program, _work
@@ -151,6 +152,54 @@ def test_a_resident_matrix_makes_no_more_exps_with_more_iterations(in_regime):
             many[direction].estimate.transcendentals
         )
         assert many[direction].exps < 1.2 * few[direction].exps
+
+
+def test_counts_what_a_gpu_does_in_one_and_in_shared_memory():
+    """In two warpgroups of 3 programs."""
+
+    def kernel(x_ref, weights_ref, out_ref, x_tile, weights_tile, barrier):
+        plgpu.copy_gmem_to_smem(x_ref, x_tile, barrier)
+        plgpu.copy_gmem_to_smem(weights_ref, weights_tile, barrier)
+        plgpu.barrier_wait(barrier)
+
+        def add_product(acc_ref):
+            plgpu.wgmma(acc_ref, x_tile, x_tile)
+            return acc_ref[...]
+
+        shape = (64, 64)
+        product = pl.run_scoped(
+            add_product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+        )
+        x = plgpu.layout_cast(x_tile[...], plgpu.Layout.WGMMA).astype(jnp.float32)
+        weights = plgpu.layout_cast(weights_tile[...], plgpu.Layout.WGMMA.reduce(0))
+        weights = jax.lax.broadcast_in_dim(weights, shape, (1,))
+        # A conversion, a product and sum in one, and a sum of what is used again.
+        double = product * 2
+        out_ref[...] = (product + x * weights) + (double + double)
+
+    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((64, 64), jnp.bfloat16, transforms=transforms),
+            plgpu.SMEM((64,), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=(3,),
+        grid_names=("program",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="some_kernel",
+    )
+    x = jax.ShapeDtypeStruct((64, 64), "bfloat16")
+    weights = jax.ShapeDtypeStruct((64,), "float32")
+    (work,) = _work.count_gpu(run, x, weights)
+    assert (work.name, work.exps) == ("some_kernel", 0)
+    assert work.flops == 6 * 2 * 64**3
+    assert work.vector == 6 * 5 * 64**2
+    # The copy, both operands of the tensor cores, and what is read.
+    assert work.shared == 6 * 4 * 2 * 64**2
 
 
 @pytest.mark.parametrize("tokens", [64, 192, 256, 1024, 4096])
