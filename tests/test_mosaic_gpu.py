@@ -845,7 +845,7 @@ def test_long_heads_go_by_strips(t, s, head_dim, dtype):
 def test_heads_that_are_held_are_held_backwards_too(head_dim, value_dim):
     dims = {"head_dim": head_dim, "value_dim": value_dim}
     held = []
-    for t, s in itertools.product(range(64, 1024, 64), repeat=2):
+    for t, s in itertools.product((64, 192, 256, 384, 512, 640, 960), repeat=2):
         short = problem(t=t, s=s, **dims)
         blocks = default_blocks(short)
         if blocks.period:
