@@ -176,12 +176,11 @@ def _is_highest(problem, blocks):
 
 
 def fits(problem: Problem, blocks: Blocks) -> bool:
-    """Whether shared memory has room, in the passes and for a resident head."""
-    needed = [sweep_bytes(problem, blocks)]
-    if blocks.period:
-        needed.append(resident_bytes(problem, blocks, Crew(1, 1)))
-        needed.append(reverse_bytes(problem, blocks, Crew(1, 1)))
-    return max(needed) <= SHARED_MEMORY
+    """Whether shared memory has room for a strip, or for a head that stays."""
+    if not blocks.period:
+        return sweep_bytes(problem, blocks) <= SHARED_MEMORY
+    forward = resident_bytes(problem, blocks, Crew(1, 1))
+    return max(forward, reverse_bytes(problem, blocks, Crew(1, 1))) <= SHARED_MEMORY
 
 
 def attend(

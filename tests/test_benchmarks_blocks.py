@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from interpreted_registers import interpret_registers
 
 # Not public: the switch of the GPU's interpreter.
 from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
@@ -37,6 +38,13 @@ def test_the_default_is_tried_and_nothing_twice(case):
     assert default_blocks(problem) in found
     assert len(set(found)) == len(found) > 0
     assert all(search_blocks.fits(problem, blocks) for blocks in found)
+
+
+def test_a_head_that_stays_needs_no_room_for_a_strip():
+    """Some blocks of threads hold a head of few queries, and no strip of its keys."""
+    narrow = dataclasses.replace(of(64), s=1000)
+    assert default_blocks(narrow).cluster == 1
+    assert default_blocks(narrow) in set(search_blocks.candidates(narrow))
 
 
 def test_what_shared_memory_has_no_room_for_is_not_tried():
@@ -195,6 +203,7 @@ def test_a_search_in_the_interpreter(monkeypatch, mode):
     """Nothing stands in for anything but the device; its times mean nothing."""
     # The interpreter knows of no layouts.
     monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
+    interpret_registers(monkeypatch)
     jax.clear_caches()
     with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
         config = dataclasses.replace(ONCE, calls=2)

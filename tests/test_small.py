@@ -312,7 +312,7 @@ def test_lowers_for_tpu_in_every_size(dtype, n, batch, finish):
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
+def on_gpu(monkeypatch, capfd):
     """Calls a function on a GPU, or in the interpreter, which must see no race."""
     # Segments of a single iteration.
     monkeypatch.setattr(_mosaic_gpu, "HISTORY_BYTES", 0)
@@ -326,7 +326,8 @@ def on_gpu(monkeypatch):
         params = gpu_interpreter.InterpretGPUParams(detect_races=True)
         with gpu_interpreter.force_gpu_interpret_mode(params):
             result = jax.tree.map(np.asarray, fn(*args))
-        assert not interpret_pallas_call.get_races().races_found
+        # What the interpreter can be asked for is of the last kernel alone.
+        assert "RACE" not in capfd.readouterr().out
         return result
 
     yield call

@@ -116,8 +116,8 @@ def sinkhorn_attention(
             have a closed-form gradient, reverse mode only.
             "reference" holds all logits and is plain JAX: use it for forward mode,
             Hessians and any other transform.
-            "mosaic_gpu" are Pallas kernels for NVIDIA GPUs from Hopper on, lowered for
-            them but not run on one, so only taken by name. They hold T S / 64 numbers a
+            "mosaic_gpu" are Pallas kernels for NVIDIA's Hopper GPUs, compiled for them
+            but not run on one, so only taken by name. They hold T S / 64 numbers a
             head, and take bfloat16 and float16, head dimensions to 128, 64 iterations,
             `Exact`, finish="rows" and sequence lengths, but no bias, mask or dropout;
             reverse mode only.

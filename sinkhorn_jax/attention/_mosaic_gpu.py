@@ -1,12 +1,13 @@
-"""Sinkhorn attention as Pallas kernels for NVIDIA GPUs, Hopper and later.
+"""Sinkhorn attention as Pallas kernels for NVIDIA's Hopper GPUs.
 
 Where shared memory holds the kernel matrix of a head, a program has a head: the forward
 pass is one launch, the reverse sweep of the gradient another one, and its last pass a
 third where the cotangents of all queries have room beside a tile. One block of threads
 has room for 192 x 192 entries in float32, for 256 x 256 in bfloat16, which inputs in it
-may have. Larger ones, to 512 x 512, lie in the shared memory of a cluster, of two to
-eight blocks of threads. Warpgroups share a head. With 10 iterations the sweep makes
-every entry of the plan three times, and so does the last pass.
+may have, rounded as the plan is before it meets the values. Larger ones, to 512 x 512
+and a little more, lie in the shared memory of a cluster, of two to eight blocks of
+threads, and so do others that more warpgroups can share then. With 10 iterations the
+sweep makes every entry of the plan three times, and so does the last pass.
 
 Otherwise a program has a strip of 64 rows and passes over all columns, tile by tile.
 One pass is one launch, because column sums cross programs: each program writes its
@@ -15,7 +16,8 @@ the largest array there is, of T S / 64 numbers a head. A pass of the iteration 
 every entry once where the shared memory of a cluster holds a strip of it (6144 keys, or
 5120 with more than 64 head dimensions), and twice beyond. So does each pass of the
 reverse sweep, one for every iteration after another that seeds it. The last pass makes
-entries three times for dq, and as often for dk and dv.
+entries three times for dq, and as often for dk and dv, with 10 iterations of up to some
+5500 tokens, and four times with more.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.
@@ -71,6 +73,11 @@ def why_not(problem: Problem) -> str | None:
             f"a GPU kernel takes bfloat16 and float16, got {problem.dtype}: the tensor "
             "cores would round it; 'scaling' and 'streaming' do not"
         )
+    if (capability := _gpu_capability()) not in (None, "9.0"):
+        return (
+            "it takes Hopper's tensor cores, of compute capability 9.0, and JAX "
+            f"computes on a GPU of {capability}"
+        )
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return (
             f"it takes head dimensions up to {MAX_HEAD_DIM}, got {problem.head_dim} "
@@ -79,6 +86,13 @@ def why_not(problem: Problem) -> str | None:
     if problem.options.num_iters > MAX_ITERS:
         return f"it takes {MAX_ITERS} iterations, got {problem.options.num_iters}"
     return why_not_options(problem)
+
+
+def _gpu_capability():
+    """Of the GPU that JAX computes on; None without one."""
+    return (
+        jax.devices()[0].compute_capability if jax.default_backend() == "gpu" else None
+    )
 
 
 def prefer(problem: Problem, platform: str) -> bool:

@@ -192,7 +192,7 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
         # x [X, I, H], y_t [Y, H, J], y [Y, J, H], dx [X, I, D], dy_t [Y, D, J], f
         # [BN, M, I], g [BN, M, J], left [BN, R, I], right [BN, R, J], other [Y, J, D]
         # or none; results [BN, I, H] and [BN, I, D] or one. Shared: the like in tiles,
-        # those with J of them after an axis of slots; dz, and plan with `other`.
+        # those with J of them after an axis of slots.
         rest: list[Ref] = list(refs)
         x_ref, y_t_ref, y_ref, dx_ref, dy_t_ref, *rest = rest
         f_ref, g_ref, left_ref, right_ref, *rest = rest
@@ -200,11 +200,9 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
         result_ref, *rest = rest
         other_result_ref: Ref = rest.pop(0) if other is not None else None
         x_tile, dx_tile, f_tile, left_tile, *rest = rest
-        y_t_tile, y_tile, dy_t_tile, g_tile, right_tile, dz_tile, *rest = rest
+        y_t_tile, y_tile, dy_t_tile, g_tile, right_tile, *rest = rest
         row_barrier, barrier, *rest = rest
-        other_tile: Ref
-        plan_tile: Ref
-        other_tile, plan_tile = rest or (None, None)
+        other_tile: Ref = rest.pop(0) if other is not None else None
         n, i = head_and_strip(length // tile)
         rows, x_head = span(i, tile), shared_head(n, x_groups)
         load(
@@ -238,7 +236,7 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
 
                 def take_plan(plan):
                     if other is not None:
-                        add_product(other_acc_ref, plan, plan_tile, other_tile.at[slot])
+                        add_product(other_acc_ref, plan, other_tile.at[slot])
 
                 dz = dlogits(
                     problem,
@@ -248,7 +246,7 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
                     lambda k: (of_rows(left_tile, k), of_cols(right_tile, slot, k)),
                     take_plan,
                 )
-                add_product(acc_ref, dz, dz_tile, y_tile.at[slot])
+                add_product(acc_ref, dz, y_tile.at[slot])
                 return carry
 
             over_tiles(num_cols // tile, num_slots, barrier, copies, step, jnp.int32(0))
@@ -280,16 +278,12 @@ def _pull_back(problem, terms, x, y, dx, dy, other):
         operand(num_slots, d, tile, dtype=dtype),
         vectors(num_slots, num_matrices),
         vectors(num_slots, rank),
-        operand(tile, tile, dtype=dtype),
         plgpu.Barrier(num_arrivals=4),
         plgpu.Barrier(num_arrivals=5 if other is None else 6, num_barriers=num_slots),
     ]
     if other is not None:
         out_type.append(jax.ShapeDtypeStruct((heads, length, d), jnp.float32))
-        scratch += [
-            operand(num_slots, tile, d, dtype=dtype),
-            operand(tile, tile, dtype=dtype),
-        ]
+        scratch.append(operand(num_slots, tile, d, dtype=dtype))
     return call_kernel(
         body,
         "sinkhorn_attention_pull_back",

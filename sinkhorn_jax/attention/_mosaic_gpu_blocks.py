@@ -35,8 +35,9 @@ class Blocks:
             twice, and no cluster shares it.
         period: Iterations for which the kernel matrix of a head stays in shared
             memory, in one launch for all. 0 for a launch each.
-        head_dtype: Of that matrix: float32, or bfloat16 for more room. It has the same
-            range; its entries are rounded like the plan before it meets the values.
+        head_dtype: Of that matrix: float32, or bfloat16 for more room, or for more
+            warpgroups with it. It has the same range; its entries are rounded like the
+            plan before it meets the values.
         cluster: Blocks of threads that share a head that stays, each with some of its
             strips, or a strip that is held, each with some of its columns. They
             exchange sums.
@@ -107,8 +108,8 @@ class Crew(NamedTuple):
 def default_blocks(problem: Problem) -> Blocks:
     """Tiles that cover the problem; what shared memory has room for is held.
 
-    By counting, not by measuring: as if a warpgroup took the same time for each tile,
-    and as many blocks of threads were busy as clusters of them have room for.
+    By counting, not by measuring: a warpgroup is taken to need the same time for each
+    tile, and as many blocks of threads to be busy as clusters of them have room for.
     """
     tile = 64
     blocks = Blocks(
@@ -131,6 +132,12 @@ def default_blocks(problem: Problem) -> Blocks:
 
 
 def _held_strips(problem, blocks):
+    """Over the cluster that passes the most tiles at once; made twice without room.
+
+    Two blocks on a multiprocessor keep it busy while one of them waits, and what more
+    would do is not counted; nor is how much less a tile takes to be read than made.
+    """
+
     def time(blocks):
         at_once = min(2, SHARED_MEMORY // sweep_bytes(problem, blocks))
         num_tiles = strips_of_block(blocks.num_col_tiles, blocks.cluster)
@@ -151,7 +158,10 @@ def _has_room(problem, blocks):
 
 
 def _time_of_head(problem, blocks):
-    """In turns of an iteration, forward and backward, for each cluster at work."""
+    """In turns of an iteration, forward and backward, for each cluster at work.
+
+    That blocks of a cluster wait for each other and read each other's sums is left out.
+    """
     turns = _turns(blocks, resident_crew(problem, blocks).size)
     turns += _turns(_transposed(blocks), reverse_crew(problem, blocks).size)
     return turns / _busy(blocks.cluster)
@@ -254,7 +264,10 @@ def _best_crew(problem, blocks, needs, strips):
 
 
 def strips_of_block(num_strips: int, cluster: int) -> int:
-    """How many of so many a block of a cluster has; the last ones may have fewer."""
+    """How many of so many, or of the tiles of one, a block of a cluster has.
+
+    The last blocks may have fewer, or none.
+    """
     return -(-num_strips // cluster)
 
 
@@ -334,7 +347,7 @@ def pull_back_slots(problem: Problem, tile: int) -> int:
     """Tiles under way at once in the last pass of the gradient: 2, or 1 for room."""
     h, d = padded_dim(problem.head_dim), padded_dim(problem.value_dim)
     itemsize = problem.dtype.itemsize
-    once = itemsize * tile * (h + d + 2 * tile) + _term_bytes(problem, tile, 1)
+    once = itemsize * tile * (h + d) + _term_bytes(problem, tile, 1)
     at_once = 2 * itemsize * tile * (2 * h + 2 * d) + _term_bytes(problem, tile, 2)
     return 2 if once + at_once <= SHARED_MEMORY else 1
 

@@ -34,6 +34,7 @@ from ._mosaic_gpu_strips import (
     col_sums,
     head_and_strip,
     kernel_of,
+    left_operand,
     load,
     log_sum,
     of_cols,
@@ -160,6 +161,7 @@ def log_row_sums(
         n, i = head_and_strip(length // tile)
         rows = span(i, tile)
         load(x_barrier, [(x_ref.at[shared_head(n, x_groups), rows], x_tile)])
+        x = left_operand(x_tile)
 
         def copies(j):
             cols = span(j, tile)
@@ -168,7 +170,7 @@ def log_row_sums(
 
         def step(j, slot, carry):
             del j
-            products = product(x_tile, y_tile.at[slot])
+            products = product(x, y_tile.at[slot])
             return log_sum(carry, products, of_cols(g_tile, slot), problem.scale)
 
         # The least number, not -inf: less -inf there is no difference.
@@ -234,7 +236,7 @@ def sweep(
             row_barrier,
             [(query_ref.at[n, rows], q_tile), (f_ref.at[n, rows], f_tile)],
         )
-        f = of_rows(f_tile)
+        q, f = left_operand(q_tile), of_rows(f_tile)
 
         def copies(j):
             cols = span(first + j, tile)
@@ -245,7 +247,7 @@ def sweep(
             )
 
         def kernel_at(slot):
-            products = product(q_tile, k_tile.at[slot])
+            products = product(q, k_tile.at[slot])
             return kernel_of(products, f, of_cols(g_tile, slot), problem.scale)
 
         def add_rows(j, slot, sums):
@@ -260,7 +262,7 @@ def sweep(
             crew.meet_all()
             sums = crew.sums_of_blocks(of_rows, part_tile)
 
-        @crew.when_own(jnp.int32(0), cluster)
+        @crew.when_first
         def _():
             sums_ref[n, rows] = sums
 
@@ -334,15 +336,15 @@ def apply(
     def body(query_ref, key_ref, value_ref, f_ref, g_ref, out_ref, sums_ref, *scratch):
         # query [BN, T, H], key [BK, H, S], value [BK, S, D], f [BN, T], g [BN, S]; out
         # [BN, T, D], sums [BN, T]. Shared: query [tile, H], f [tile], key [2, H, tile],
-        # value [2, tile, D], g [2, tile], plan [tile, tile].
-        q_tile, f_tile, k_tile, v_tile, g_tile, p_tile, row_barrier, barrier = scratch
+        # value [2, tile, D], g [2, tile].
+        q_tile, f_tile, k_tile, v_tile, g_tile, row_barrier, barrier = scratch
         n, i = head_and_strip(blocks.num_row_tiles)
         rows = span(i, tile)
         load(
             row_barrier,
             [(query_ref.at[n, rows], q_tile), (f_ref.at[n, rows], f_tile)],
         )
-        f = of_rows(f_tile)
+        q, f = left_operand(q_tile), of_rows(f_tile)
 
         def copies(j):
             cols, key_head = span(j, tile), shared_head(n, groups)
@@ -355,9 +357,9 @@ def apply(
         def accumulate(acc_ref):
             def step(j, slot, sums):
                 del j
-                products = product(q_tile, k_tile.at[slot])
+                products = product(q, k_tile.at[slot])
                 kernel = kernel_of(products, f, of_cols(g_tile, slot), problem.scale)
-                add_product(acc_ref, kernel, p_tile, v_tile.at[slot])
+                add_product(acc_ref, kernel, v_tile.at[slot])
                 return sums + kernel.sum(axis=1)
 
             sums = over_tiles(
@@ -382,7 +384,6 @@ def apply(
             operand(2, h, tile, dtype=problem.dtype),
             operand(2, tile, d, dtype=problem.dtype),
             plgpu.SMEM((2, tile), jnp.float32),
-            operand(tile, tile, dtype=problem.dtype),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
         ],

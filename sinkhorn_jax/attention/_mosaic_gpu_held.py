@@ -8,10 +8,11 @@ one block share it. Each takes every so many-th strip or tile, and all meet befo
 reads what another wrote. No sum crosses the warps of a warpgroup: Pallas has one place
 in shared memory for such sums, whichever warpgroup they are of.
 
-What one block has no room for, a cluster of them holds, each some of the strips. Every
-block has all vectors. It makes those entries that belong to its strips, and reads the
-others out of the shared memory of the blocks that made them; sums of columns it adds up
-from all blocks, in one order, so that all have the same bits.
+Where one block has no room, or too little for several warpgroups, a cluster of them
+holds the matrix, each some of the strips. Every block has all vectors. It makes those
+entries that belong to its strips, and reads the others out of the shared memory of the
+blocks that made them; sums of columns it adds up from all blocks, in one order, so that
+all have the same bits.
 """
 
 import functools
@@ -110,13 +111,13 @@ def matrix(num_strips: int, num_tiles: int, blocks: Blocks) -> Any:
 
 
 class Team(NamedTuple):
-    """The warpgroups that share a head, as one of them sees it.
+    """The warpgroups that share a head, or a strip of one, as one of them sees it.
 
     Attributes:
         size: How many in each block of threads.
         me: Which of these this is.
-        barrier_ref: Where they meet, with an arrival for each.
-        num_blocks: Blocks of threads that share the head.
+        barrier_ref: Where they meet, with an arrival for each; None if it is alone.
+        num_blocks: Blocks of threads that share it.
         block: Which of them this is.
     """
 
@@ -154,7 +155,10 @@ class Team(NamedTuple):
         do_each(-(-count // self.size), take_turn)
 
     def own(self, count: int) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
-        """The first one of so many strips that this block has, and how many it has."""
+        """The first one of so many strips that this block has, and how many it has.
+
+        Or of the tiles of one strip.
+        """
         if self.num_blocks == 1:
             return 0, count
         most = strips_of_block(count, self.num_blocks)
@@ -172,6 +176,13 @@ class Team(NamedTuple):
         else:
             most = strips_of_block(count, self.num_blocks)
             self.share(most, lambda i: pl.when(i < here)(lambda: do(i + first)))
+
+    def when_first(self, do: Callable[[], None]) -> None:
+        """Do it in the first block."""
+        if self.num_blocks > 1:
+            pl.when(self.block == 0)(do)
+        else:
+            do()
 
     def when_own(
         self, i: Int[Array, ""], count: int

@@ -40,6 +40,7 @@ from ._mosaic_gpu_strips import (
     along_rows,
     call_kernel,
     kernel_of,
+    left_operand,
     load,
     log_sum,
     of_cols,
@@ -133,9 +134,10 @@ def solve(
             plgpu.commit_smem()  # All threads are done with the last strip.
             mine = x_tile.at[crew.me]
             load(strip_barrier.at[crew.me], [(x.strip(i), mine)])
+            strip = left_operand(mine)
 
             def multiply(j, slot, carry):
-                return step(j, product(mine, y_tile.at[slot]), carry)
+                return step(j, product(strip, y_tile.at[slot]), carry)
 
             return over_tiles(
                 y.num_tiles,
@@ -258,8 +260,6 @@ def solve(
 
         def apply(i):
             u = of_rows(u_tile, i)
-            # The queries have been multiplied for the last time.
-            p_tile = x_tile.at[crew.me, :, pl.ds(0, tile)]
 
             def copies(j):
                 return ((value_ref.at[kv, span(j, tile)], v_tile),)
@@ -270,7 +270,7 @@ def solve(
                     weight = along_cols(of_cols(weight_tile, j), kernel)
                     # Rows that are right before they are rounded: float16 has them.
                     plan = kernel * along_rows(u, kernel) * weight
-                    add_product(acc_ref, plan, p_tile, v_tile.at[slot])
+                    add_product(acc_ref, plan, v_tile.at[slot])
                     return nothing
 
                 over_tiles(

@@ -33,6 +33,7 @@ from ._mosaic_gpu_strips import (
     along_rows,
     call_kernel,
     kernel_of,
+    left_operand,
     load,
     of_cols,
     of_rows,
@@ -147,10 +148,10 @@ def reverse(
         def make(j):
             plgpu.commit_smem()  # All threads are done with the last strip.
             load(strip_barrier.at[crew.me], [(keys.strips(j)[0], my_strip)])
-            g = of_rows(g_tile, j)
+            strip, g = left_operand(my_strip), of_rows(g_tile, j)
 
             def step(i, slot, nothing):
-                products = product(my_strip, y_tile.at[slot])
+                products = product(strip, y_tile.at[slot])
                 f = of_cols(f_tile, i)
                 held.put(j, i, kernel_of(products, g, f, problem.scale))
                 return nothing

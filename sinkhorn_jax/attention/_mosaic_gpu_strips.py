@@ -2,7 +2,7 @@
 
 The first part are plain functions of arrays. The second part moves tiles: a warpgroup
 has some rows and goes over all columns tile by tile. It is a block of threads alone, or
-one of several that share a head (`_mosaic_gpu_held`).
+one of several that share a head or a strip (`_mosaic_gpu_held`).
 """
 
 import dataclasses
@@ -100,25 +100,36 @@ def operand(*shape: int, dtype: jnp.dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def product(x_ref: Ref, y_ref: Ref) -> Float[Array, "I J"]:
-    """Of two operands in shared memory; it is there when this returns."""
+def left_operand(ref: Ref) -> Float[Array, "I K"]:
+    """An operand in registers, out of shared memory, for many products."""
+    return plgpu.layout_cast(ref[...], TILE)
+
+
+def product(x: Ref | Float[Array, "I K"], y_ref: Ref) -> Float[Array, "I J"]:
+    """Of an operand in registers or shared memory, and one in shared memory.
+
+    Two in shared memory keep it as busy as the tensor cores are, for tiles as small as
+    these.
+    """
 
     def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, x_ref, y_ref)
+        start_product(acc_ref, x, y_ref)
         return acc_ref[...]  # Waits for the tensor cores.
 
-    shape = x_ref.shape[0], y_ref.shape[1]
+    shape = x.shape[0], y_ref.shape[1]
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def add_product(acc_ref: Ref, x: Float[Array, "I J"], x_ref: Ref, y_ref: Ref) -> None:
-    """Add the product of `x`, rounded to the dtype of `x_ref`, and `y_ref`."""
-    x_ref[...] = x.astype(x_ref.dtype)
-    # Ordinary writes become visible to the tensor cores, for all threads.
-    plgpu.commit_smem()
-    plgpu.wgmma(acc_ref, x_ref, y_ref)
+def add_product(acc_ref: Ref, x: Float[Array, "I J"], y_ref: Ref) -> None:
+    """Add the product of `x`, rounded to the dtype of `y_ref`, and `y_ref`."""
+    start_product(acc_ref, x.astype(y_ref.dtype), y_ref)
     # What was multiplied is about to be overwritten.
     plgpu.wgmma_wait(0)
+
+
+def start_product(acc_ref: Ref, x: Ref | Float[Array, "I K"], y_ref: Ref) -> None:
+    """Begin to add a product. Pallas interprets only those of shared memory."""
+    plgpu.wgmma(acc_ref, x, y_ref)
 
 
 def zeros(*shape: int) -> Float[Array, "..."]:
