@@ -161,13 +161,16 @@ def test_rows_are_of_one_clean_commit():
 
 
 def test_attention_keeps_everything_in_registers():
-    """But for the gradient's last pass with 128 dimensions, or four kernel matrices."""
+    """But for the gradient's last pass: that fills a thread's registers to the last.
+
+    With 128 dimensions, or four kernel matrices, it wants more of them.
+    """
     for row in ATTENTION:
         for kernel in row.kernels:
             assert kernel.registers <= 255, row.key
             is_wide = row.head_dim > 64 or row.tokens > 4096
-            may_spill = is_wide and kernel.name.endswith("pull_back")
-            most = 512 if may_spill else 0
+            is_last_pass = kernel.name.endswith("pull_back")
+            most = (512 if is_wide else 16) if is_last_pass else 0
             assert kernel.stack_bytes <= most, row.key
             assert kernel.spill_store_bytes <= most, row.key
             assert kernel.spill_load_bytes <= most, row.key
