@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import re
-import types
 
 import chex
 import jax
@@ -342,8 +341,14 @@ def test_cotangents_come_to_order_one_without_rounding(dtype):
 
 @pytest.fixture
 def on_device(capfd):
-    """Calls a function on a GPU, or in the interpreter, which must see no race."""
+    """Calls a function on a GPU, or in the interpreter, which must see no race.
+
+    It interprets a warpgroup as one thread, and products as done at once. What the
+    threads of a warpgroup, or the tensor cores, must wait for, it does not see.
+    """
     if jax.default_backend() == "gpu":
+        if jax.devices()[0].compute_capability != "9.0":
+            pytest.skip("the kernels are for Hopper's tensor cores")
         yield lambda fn, *args: jax.tree.map(np.asarray, jax.jit(fn)(*args))
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -733,18 +738,6 @@ def test_why_not(changed, says):
     entry = IMPLEMENTATIONS["mosaic_gpu"]
     assert entry.why_not(problem()) is None
     assert re.search(says, entry.why_not(problem(**changed)))
-
-
-@pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
-def test_takes_no_other_gpu_than_hopper(monkeypatch, capability):
-    gpu = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    reason = IMPLEMENTATIONS["mosaic_gpu"].why_not(problem())
-    if capability == "9.0":
-        assert reason is None
-    else:
-        assert f"computes on a GPU of {capability}" in reason
 
 
 def test_is_not_taken_unasked():

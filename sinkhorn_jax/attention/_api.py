@@ -117,10 +117,10 @@ def sinkhorn_attention(
             "reference" holds all logits and is plain JAX: use it for forward mode,
             Hessians and any other transform.
             "mosaic_gpu" are Pallas kernels for NVIDIA's Hopper GPUs, compiled for them
-            but not run on one, so only taken by name. They hold T S / 64 numbers a
-            head, and take bfloat16 and float16, head dimensions to 128, 64 iterations,
-            `Exact`, finish="rows" and sequence lengths, but no bias, mask or dropout;
-            reverse mode only.
+            (on others they do not compile) but not run on one, so only taken by name.
+            They hold T S / 64 numbers a head, and take bfloat16 and float16, head
+            dimensions to 128, 64 iterations, `Exact`, finish="rows" and sequence
+            lengths, but no bias, mask or dropout; reverse mode only.
             "mosaic_tpu" are Pallas kernels for TPUs, compiled for them but not measured
             on one, so only taken by name. They take float32 and bfloat16, `Exact`,
             finish="rows" and sequence lengths, but no bias, mask or dropout; reverse

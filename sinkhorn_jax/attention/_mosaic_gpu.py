@@ -73,11 +73,6 @@ def why_not(problem: Problem) -> str | None:
             f"a GPU kernel takes bfloat16 and float16, got {problem.dtype}: the tensor "
             "cores would round it; 'scaling' and 'streaming' do not"
         )
-    if (capability := _gpu_capability()) not in (None, "9.0"):
-        return (
-            "it takes Hopper's tensor cores, of compute capability 9.0, and JAX "
-            f"computes on a GPU of {capability}"
-        )
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         return (
             f"it takes head dimensions up to {MAX_HEAD_DIM}, got {problem.head_dim} "
@@ -86,13 +81,6 @@ def why_not(problem: Problem) -> str | None:
     if problem.options.num_iters > MAX_ITERS:
         return f"it takes {MAX_ITERS} iterations, got {problem.options.num_iters}"
     return why_not_options(problem)
-
-
-def _gpu_capability():
-    """Of the GPU that JAX computes on; None without one."""
-    return (
-        jax.devices()[0].compute_capability if jax.default_backend() == "gpu" else None
-    )
 
 
 def prefer(problem: Problem, platform: str) -> bool:

@@ -1,12 +1,13 @@
-"""A head's kernel matrix in shared memory: its tiles, and products with vectors.
+"""A kernel matrix, or strips of it, in shared memory: tiles, products with vectors.
 
 Vectors are in shared memory in tiles too, [T / tile, tile] or [S / tile, tile], and not
 multiplied on the tensor cores, which would round them.
 
-The matrix leaves no room for a second block of threads, so that several warpgroups of
-one block share it. Each takes every so many-th strip or tile, and all meet before one
-reads what another wrote. No sum crosses the warps of a warpgroup: Pallas has one place
-in shared memory for such sums, whichever warpgroup they are of.
+A whole matrix leaves no room for a second block of threads, so that several warpgroups
+of one block share it. A strip that is made anew in every pass has a warpgroup alone.
+Each takes every so many-th strip or tile, and all meet before one reads what another
+wrote. No sum crosses the warps of a warpgroup: Pallas has one place in shared memory
+for such sums, whichever warpgroup they are of.
 
 Where one block has no room, or too little for several warpgroups, a cluster of them
 holds the matrix, each some of the strips. Every block has all vectors. It makes those
