@@ -54,11 +54,13 @@ WORK_METHOD: Final = (
     "logits: matrix *products*, in units of 2 H flops, where H below 64 is padded; "
     "*exps*, beside those of flash attention, one forward and two backward; *vector "
     "operations*, a product that is only added to something being one with the sum; "
-    "*shared*, bytes of tiles that are read and written in shared memory, by threads, "
-    "copies and tensor cores. *estimate* is a **roofline, not a measurement; nothing "
+    "*shared*, bytes that threads, copies and tensor cores read and write in shared "
+    "memory, and 128 for each load with which a warp reads a vector, which takes it as "
+    "long. *estimate* is a **roofline, not a measurement; nothing "
     "ran**: the largest of the four over an H100 SXM's peaks, as if they overlapped "
     "without loss and all multiprocessors had work; what threads exchange in their "
-    "sums, memory, launches and what is outside of the kernels are left out. *x "
+    "sums, how the compiler spreads a tile over memory banks, memory, launches and "
+    "what is outside of the kernels are left out. *x "
     "softmax's exps* is that over the time of softmax's exponentials alone, on the "
     "units that make ours. Peaks: "
     f"{_hopper.FLOPS / 1e12:.0f} Tflop/s of dense products and "
@@ -114,7 +116,7 @@ class Work:
     flops: int  # Of matrix products.
     exps: int
     vector: int
-    shared: int  # Bytes of tiles read and written in shared memory.
+    shared: int  # Bytes that shared memory could have moved meanwhile.
 
     @property
     def parts(self) -> dict[str, float]:

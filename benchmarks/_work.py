@@ -23,6 +23,9 @@ VECTOR: Final = frozenset(
 # Those that a GPU does with a product in one.
 SUMS: Final = frozenset("add add_any sub reduce_sum".split())
 TRANSCENDENTAL: Final = frozenset("exp exp2 log log1p tanh logistic".split())
+# What shared memory moves at a time, and the warps of a warpgroup.
+WAVEFRONT: Final = 128
+WARPS: Final = 4
 # Passes of bfloat16 products through the matrix unit that make one of float32.
 HIGHEST_PASSES: Final = 6
 
@@ -62,7 +65,7 @@ class Work(NamedTuple):
     exps: int = 0  # With logarithms and the like, of array elements.
     vector: int = 0  # Operations on array elements, sums with them.
     num_bytes: int = 0  # Moved between HBM and VMEM.
-    shared: int = 0  # Bytes of tiles read and written in a GPU's shared memory.
+    shared: int = 0  # Bytes that a GPU's shared memory could have moved meanwhile.
     estimate: Any = None  # The kernel's own `pl.CostEstimate`.
     times: int = 1  # Launches, of Mosaic GPU's.
 
@@ -90,6 +93,8 @@ def count_gpu(fn: Callable, *arrays: jax.ShapeDtypeStruct) -> list[Work]:
     All programs of a kernel do alike, and the first one is counted, with all of its
     warpgroups, in all blocks of threads if it is a cluster of them. A product that is
     only added to something is one operation with that sum, as it is to the compiler.
+    Shared memory moves what is read and written; but a load of a vector takes it as
+    long as 128 bytes for each warp, which all read what they need of it.
     What comes from outside a multiprocessor is not counted: most of it may be cached.
 
     Raises:
@@ -151,6 +156,7 @@ class _Counter:
         self.flops = self.passes = self.exps = self.vector = self.shared = 0
         self._fuses = fuses
         self._fused = {}  # By jaxpr, so that each is searched once.
+        self._layouts = {}  # As well.
 
     def run(self, jaxpr, consts, args, grid_point):
         """Results, None where they are not followed."""
@@ -160,10 +166,11 @@ class _Counter:
         def read(x):
             return _number(x.val) if hasattr(x, "val") else env.get(x)
 
-        fused = self._fused_in(jaxpr)
+        fused, layouts = self._fused_in(jaxpr), self._layouts_in(jaxpr)
         for eqn in jaxpr.eqns:
             if fused.intersection(eqn.outvars):
                 continue
+            self._count_shared(eqn, layouts)
             results = self._equation(eqn, [read(x) for x in eqn.invars], grid_point)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(x) for x in jaxpr.outvars]
@@ -191,9 +198,18 @@ class _Counter:
             }
         return self._fused[jaxpr]
 
+    def _layouts_in(self, jaxpr):
+        """How registers hold an array, by variable."""
+        if jaxpr not in self._layouts:
+            self._layouts[jaxpr] = {
+                eqn.invars[0]: eqn.params["new_layout"].to_mgpu()
+                for eqn in jaxpr.eqns
+                if eqn.primitive.name == "layout_cast"
+            }
+        return self._layouts[jaxpr]
+
     def _equation(self, eqn, values, at):
         name, params = eqn.primitive.name, eqn.params
-        self._count_shared(eqn)
         if name == "program_id":
             return [at[params["axis"]]]
         if name == "axis_index":  # Of a GPU's kernel; of its grid no more is known.
@@ -222,21 +238,26 @@ class _Counter:
         self._count(eqn)
         return [None] * len(eqn.outvars)
 
-    def _count_shared(self, eqn):
-        """Bytes of tiles; a vector of one is little beside it."""
+    def _count_shared(self, eqn, layouts):
         name = eqn.primitive.name
         if name == "wgmma_ref":
             for x in eqn.invars[1:3]:
                 self._add_shared(x, x.aval.shape[-4:])
         elif name == "copy_gmem_to_smem":
-            self._add_shared(eqn.invars[1], eqn.invars[1].aval.shape[-4:])
+            self._add_shared(eqn.invars[1], _copied_shape(eqn))
         elif name == "get":
-            self._add_shared(eqn.invars[0], eqn.outvars[0].aval.shape)
+            ref, out = eqn.invars[0], eqn.outvars[0]
+            self._add_shared(ref, out.aval.shape, layouts.get(out))
         elif name == "swap":
             self._add_shared(eqn.invars[0], eqn.invars[1].aval.shape)
 
-    def _add_shared(self, ref, shape):
-        if "smem" in str(ref.aval) and len(shape) > 1:
+    def _add_shared(self, ref, shape, layout=None):
+        if "smem" not in str(ref.aval):
+            return
+        if layout and len(shape) == 1:
+            num_loads = math.prod(layout.registers_shape(shape))
+            self.shared += num_loads * WARPS * WAVEFRONT
+        else:
             self.shared += math.prod(shape) * ref.aval.dtype.itemsize
 
     def _while(self, params, values, at):
@@ -346,6 +367,14 @@ class _Block:
         if self._moves and index != self._index:
             self._index = index
             self.num_bytes += self._size
+
+
+def _copied_shape(eqn):
+    """Of what is copied to shared memory: the source may be some of an array."""
+    tree, shape = eqn.params["src_transforms_treedef"], eqn.invars[0].aval.shape
+    for part in jax.tree.unflatten(tree, [0] * tree.num_leaves):
+        shape = part.get_indexer_shape()
+    return shape
 
 
 def _variables(some):

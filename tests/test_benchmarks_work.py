@@ -198,8 +198,9 @@ def test_counts_what_a_gpu_does_in_one_and_in_shared_memory():
     assert (work.name, work.exps) == ("some_kernel", 0)
     assert work.flops == 6 * 2 * 64**3
     assert work.vector == 6 * 5 * 64**2
-    # The copy, both operands of the tensor cores, and what is read.
-    assert work.shared == 6 * 4 * 2 * 64**2
+    # The copy, both operands of the tensor cores, and what is read. Of the weights the
+    # copy, and 8 loads of each warp, of two numbers a thread.
+    assert work.shared == 6 * (4 * 2 * 64**2 + 4 * 64 + 8 * 4 * 128)
 
 
 @pytest.mark.parametrize("tokens", [64, 192, 256, 1024, 4096])
