@@ -4,10 +4,10 @@ Vectors are in shared memory in tiles too, [T / tile, tile] or [S / tile, tile],
 multiplied on the tensor cores, which would round them.
 
 A whole matrix leaves no room for a second block of threads, so that several warpgroups
-of one block share it. A strip that is made anew in every pass has a warpgroup alone.
-Each takes every so many-th strip or tile, and all meet before one reads what another
-wrote. No sum crosses the warps of a warpgroup: Pallas has one place in shared memory
-for such sums, whichever warpgroup they are of.
+of one block share it. Each takes every so many-th strip or tile, and all meet before
+one reads what another wrote. No sum crosses the warps of a warpgroup: Pallas has one
+place in shared memory for such sums, whichever warpgroup they are of. A strip that is
+made anew in every pass has one warpgroup.
 
 Where one block has no room, or too little for several warpgroups, a cluster of them
 holds the matrix, each some of the strips. Every block has all vectors. It makes those
