@@ -8,12 +8,13 @@
 # `make gpu` runs all that needs an NVIDIA GPU, for attention a Hopper: the tests of the
 # kernels and implementations, the sweep of attention, the search for the kernels'
 # blocks, and the small matrices. Its parts can be run alone: `make gpu-test`,
-# `gpu-benchmark`, `gpu-blocks`, `gpu-matrices`; `make -k gpu` goes on where one fails. Without a GPU each
-# is an error. .venv gets jax[cuda13] for it, or another with CUDA=cuda12. Where nothing
-# can be installed, BIN=/folder/of/its/python takes an environment that is there and has
-# jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex, pytest and pytest-xdist; what else
-# is missing is skipped with a reason. In little time: TESTS=tests/test_mosaic_gpu.py in
-# `gpu-test`, OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark` and
+# `gpu-benchmark`, `gpu-blocks`, `gpu-matrices`; `make -k gpu` goes on where one fails.
+# Without a GPU each is an error. .venv gets jax[cuda13] for it, or another with
+# CUDA=cuda12. Where nothing can be installed, BIN=/folder/of/its/python takes an
+# environment that is there and has jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex,
+# pytest and pytest-xdist; what else is missing is skipped with a reason. In little
+# time: TESTS=tests/test_mosaic_gpu.py in `gpu-test`,
+# OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark` and
 # `gpu-blocks`, OPTIONS="--sizes 4" in `gpu-matrices`.
 
 PYTHON ?= python3

@@ -41,6 +41,7 @@ REGISTERS: Final = 65536
 REGISTER_UNIT: Final = 256
 PARTS: Final = 4
 WARP: Final = 32
+WARPGROUP: Final = 4  # Warps, which use the tensor cores together.
 MAX_THREADS: Final = 2048
 MAX_BLOCKS: Final = 32
 
@@ -53,9 +54,10 @@ VECTOR_OPS: Final = 67e12 / 2
 # Programming Guide, "Arithmetic Instructions",
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/.
 EXPS: Final = VECTOR_OPS * 16 / 128
-# And 128 bytes of shared memory, from 32 banks of 4: the same guide, "Compute
+# And moves so many bytes of shared memory, from 32 banks of 4: the same guide, "Compute
 # Capabilities", 9.0.
-SHARED_BYTES: Final = VECTOR_OPS * 128 / 128
+WAVEFRONT: Final = 128
+SHARED_BYTES: Final = VECTOR_OPS * WAVEFRONT / 128
 
 
 def blocks_at_once(registers: int, threads: int, shared: int) -> tuple[int, str]:

@@ -6,6 +6,7 @@ branches and loops go as on the device, and operations on arrays are counted as 
 """
 
 import collections
+import functools
 import itertools
 import math
 import operator
@@ -15,6 +16,8 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import _hopper
+
 # What the vector unit does with each element, as far as it costs an instruction.
 VECTOR: Final = frozenset(
     "add add_any sub mul div max min neg abs sign select_n eq ne lt le gt ge and or "
@@ -23,9 +26,6 @@ VECTOR: Final = frozenset(
 # Those that a GPU does with a product in one.
 SUMS: Final = frozenset("add add_any sub reduce_sum".split())
 TRANSCENDENTAL: Final = frozenset("exp exp2 log log1p tanh logistic".split())
-# What shared memory moves at a time, and the warps of a warpgroup.
-WAVEFRONT: Final = 128
-WARPS: Final = 4
 # Passes of bfloat16 products through the matrix unit that make one of float32.
 HIGHEST_PASSES: Final = 6
 
@@ -154,9 +154,9 @@ class _Ref:
 class _Counter:
     def __init__(self, *, fuses=False):
         self.flops = self.passes = self.exps = self.vector = self.shared = 0
-        self._fuses = fuses
-        self._fused = {}  # By jaxpr, so that each is searched once.
-        self._layouts = {}  # As well.
+        # Loops come to a jaxpr again and again.
+        self._fused = functools.cache(_fused if fuses else lambda jaxpr: frozenset())
+        self._layouts = functools.cache(_layouts)
 
     def run(self, jaxpr, consts, args, grid_point):
         """Results, None where they are not followed."""
@@ -166,7 +166,7 @@ class _Counter:
         def read(x):
             return _number(x.val) if hasattr(x, "val") else env.get(x)
 
-        fused, layouts = self._fused_in(jaxpr), self._layouts_in(jaxpr)
+        fused, layouts = self._fused(jaxpr), self._layouts(jaxpr)
         for eqn in jaxpr.eqns:
             if fused.intersection(eqn.outvars):
                 continue
@@ -174,39 +174,6 @@ class _Counter:
             results = self._equation(eqn, [read(x) for x in eqn.invars], grid_point)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(x) for x in jaxpr.outvars]
-
-    def _fused_in(self, jaxpr):
-        """Products of arrays that are only added to something, one for each sum."""
-        if not self._fuses:
-            return frozenset()
-        if jaxpr not in self._fused:
-            read = [_variables(eqn.invars) for eqn in jaxpr.eqns]
-            uses = collections.Counter(
-                itertools.chain(*read, _variables(jaxpr.outvars))
-            )
-            products = {
-                eqn.outvars[0]
-                for eqn in jaxpr.eqns
-                if eqn.primitive.name == "mul"
-                and eqn.outvars[0].aval.shape
-                and uses[eqn.outvars[0]] == 1
-            }
-            self._fused[jaxpr] = {
-                next((x for x in some if x in products), None)
-                for some, eqn in zip(read, jaxpr.eqns, strict=True)
-                if eqn.primitive.name in SUMS
-            }
-        return self._fused[jaxpr]
-
-    def _layouts_in(self, jaxpr):
-        """How registers hold an array, by variable."""
-        if jaxpr not in self._layouts:
-            self._layouts[jaxpr] = {
-                eqn.invars[0]: eqn.params["new_layout"].to_mgpu()
-                for eqn in jaxpr.eqns
-                if eqn.primitive.name == "layout_cast"
-            }
-        return self._layouts[jaxpr]
 
     def _equation(self, eqn, values, at):
         name, params = eqn.primitive.name, eqn.params
@@ -256,7 +223,7 @@ class _Counter:
             return
         if layout and len(shape) == 1:
             num_loads = math.prod(layout.registers_shape(shape))
-            self.shared += num_loads * WARPS * WAVEFRONT
+            self.shared += num_loads * _hopper.WARPGROUP * _hopper.WAVEFRONT
         else:
             self.shared += math.prod(shape) * ref.aval.dtype.itemsize
 
@@ -367,6 +334,33 @@ class _Block:
         if self._moves and index != self._index:
             self._index = index
             self.num_bytes += self._size
+
+
+def _fused(jaxpr):
+    """Products of arrays that are only added to something, one for each sum."""
+    read = [_variables(eqn.invars) for eqn in jaxpr.eqns]
+    uses = collections.Counter(itertools.chain(*read, _variables(jaxpr.outvars)))
+    products = {
+        eqn.outvars[0]
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "mul"
+        and eqn.outvars[0].aval.shape
+        and uses[eqn.outvars[0]] == 1
+    }
+    return {
+        next((x for x in some if x in products), None)
+        for some, eqn in zip(read, jaxpr.eqns, strict=True)
+        if eqn.primitive.name in SUMS
+    }
+
+
+def _layouts(jaxpr):
+    """How registers hold an array, by variable."""
+    return {
+        eqn.invars[0]: eqn.params["new_layout"].to_mgpu()
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "layout_cast"
+    }
 
 
 def _copied_shape(eqn):
