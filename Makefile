@@ -56,10 +56,10 @@ benchmark: $(PEERS)
 	$(BIN)/python -m benchmarks
 
 compile-table: $(INSTALLED) $(LIBTPU)
-	$(BIN)/python -m benchmarks.compile_tpu --libtpu $(LIBTPU)
+	$(BIN)/python -m benchmarks.ahead_of_time.tpu --libtpu $(LIBTPU)
 
 compile-table-gpu: $(INSTALLED) $(COMPILER)
-	$(BIN)/python -m benchmarks.compile_gpu --cuda $(COMPILER)
+	$(BIN)/python -m benchmarks.ahead_of_time.gpu --cuda $(COMPILER)
 
 gpu: gpu-test gpu-benchmark gpu-blocks gpu-matrices
 
@@ -73,7 +73,7 @@ gpu-benchmark: $(GPU)
 	$(ON_GPU) -m benchmarks --sweeps gpu --no-single-head-memory $(OPTIONS)
 
 gpu-blocks: $(GPU)
-	$(ON_GPU) -m benchmarks.search_blocks $(OPTIONS)
+	$(ON_GPU) -m benchmarks.gpu_block_search $(OPTIONS)
 
 gpu-matrices: $(GPU)
 	$(ON_GPU) -m benchmarks.matrices --platform gpu $(OPTIONS)

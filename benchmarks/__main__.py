@@ -9,7 +9,7 @@ The sweep `gpu` is not part of a run unless named, and an error without a GPU. I
 long at once; `--cases 128x1024 --dtypes bfloat16` is a part, and
 `--no-single-head-memory` saves two of three compilations. Small matrices and the search
 for the GPU kernels' blocks are commands of their own, `python -m benchmarks.matrices`
-and `python -m benchmarks.search_blocks`.
+and `python -m benchmarks.gpu_block_search`.
 
 How it measures. Each program is compiled ahead of time for its shape and called once
 untimed. Then all programs of a case take turns; a time runs from the call until the
@@ -68,16 +68,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from . import (
-    _cases,
-    _command,
-    _machine,
-    _programs,
-    _readme,
-    _record,
-    _run,
-    _table,
-)
+from . import attention as _run
+from . import programs as _programs
+from .harness import cases as _cases
+from .harness import command as _command
+from .harness import machine as _machine
+from .harness import record as _record
+from .report import readme as _readme
+from .report import table as _table
 
 # Else XLA takes three quarters of a GPU's memory and PyTorch has to do with the rest.
 # Read when JAX first looks at its devices, which is later.

@@ -38,13 +38,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sinkhorn_jax import sinkhorn
-from sinkhorn_jax._dispatch import select
-from sinkhorn_jax._options import Options
-from sinkhorn_jax._sinkhorn import IMPLEMENTATIONS
-from sinkhorn_jax._sinkhorn._problem import Problem
+from sinkhorn_jax._core.options import Options
+from sinkhorn_jax._runtime.dispatch import select
+from sinkhorn_jax.matrix import IMPLEMENTATIONS
+from sinkhorn_jax.matrix._problem import Problem
 
-from . import _command, _machine, _process, _program, _record, _table, _turns
-from ._program import MODES, Mode
+from .harness import command as _command
+from .harness import machine as _machine
+from .harness import process_memory as _process
+from .harness import program as _program
+from .harness import record as _record
+from .harness import timing as _turns
+from .harness.program import MODES, Mode
+from .report import table as _table
 
 REFERENCE: Final = "reference"
 CHECKED: Final = 256  # Matrices, from the first on.

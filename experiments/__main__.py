@@ -10,7 +10,7 @@ from types import ModuleType
 import jax
 import tyro
 
-from . import (
+from .questions import (
     ablations,
     bounds,
     compare,
@@ -20,13 +20,12 @@ from . import (
     iterations,
     length,
     paths,
-    plot,
     rank_decay,
-    report,
     swap,
     temperature,
-    train,
 )
+from .report import report
+from .training import plot, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

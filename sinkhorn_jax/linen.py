@@ -9,9 +9,9 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Integer
 
-from ._gradient import Exact, Gradient
-from ._iteration import Finish
-from ._layers import (
+from ._core.gradient import Exact, Gradient
+from ._core.iteration import Finish
+from ._flax import (
     SINGLE_QUERY,
     Dropout,
     Operands,

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from .._checks import number
-from .._dispatch import Implementation, select
-from .._domain import accum_dtype
-from .._gradient import Exact, Gradient
-from .._iteration import Finish
-from .._options import Options
-from . import _mosaic_gpu, _mosaic_tpu, _reference, _scaling, _streaming
+from .._core.checks import number
+from .._core.domain import accum_dtype
+from .._core.gradient import Exact, Gradient
+from .._core.iteration import Finish
+from .._core.options import Options
+from .._runtime.dispatch import Implementation, select
+from . import _reference, _scaling
+from ._mosaic_gpu import attend as _mosaic_gpu
+from ._mosaic_tpu import attend as _mosaic_tpu
 from ._problem import Operands, Problem
+from ._streaming import attend as _streaming
 
 # In order of preference. "reference" runs everywhere and stays last. The tests and the
 # benchmarks read this table, so a new implementation is its module and a line here.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._batch import map_and_add, map_matrices, matrices_in_flight
-from .._domain import Domain, accum_dtype, dot
+from .._core.domain import Domain, accum_dtype, dot
+from .._runtime.batch import map_and_add, map_matrices, matrices_in_flight
 from ._problem import (
     Operands,
     Problem,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._batch import varying_like
-from .._domain import accum_dtype
-from .._options import Options
+from .._core.domain import accum_dtype
+from .._core.options import Options
+from .._runtime.batch import varying_like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

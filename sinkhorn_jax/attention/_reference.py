@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._domain import PRECISION, accum_dtype
-from .._sinkhorn import _problem as matrix_problem
-from .._sinkhorn import _reference as matrix
+from .._core.domain import PRECISION, accum_dtype
+from ..matrix import _problem as matrix_problem
+from ..matrix import _reference as matrix
 from ._problem import (
     Operands,
     Problem,

@@ -9,10 +9,10 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from .._domain import Product, dot
-from .._gradient import adjoint
-from .._iteration import marginal_error
-from .._solve import pull_back, solve, to_unit
+from .._core.domain import Product, dot
+from .._core.gradient import adjoint
+from .._core.iteration import marginal_error
+from .._core.solve import pull_back, solve, to_unit
 from ._heads import Heads
 from ._problem import Operands, Problem, vary_alike
 

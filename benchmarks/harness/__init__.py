@@ -1,0 +1,1 @@
+"""How a benchmark is timed, checked and recorded."""

@@ -1,0 +1,1 @@
+"""Intervals, verdicts, and the files that hold them."""

@@ -1,0 +1,1 @@
+"""The networks that the experiments train, and measures over their layers."""

@@ -1,0 +1,1 @@
+"""One file a question: its configuration, its run, its findings."""

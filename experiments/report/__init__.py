@@ -1,0 +1,1 @@
+"""All findings on one page."""

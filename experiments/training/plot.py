@@ -1,0 +1,75 @@
+"""How did training go? Draws the metrics of finished or running runs.
+
+python -m experiments plot experiments/results/train/imdb_iters10_seed0
+"""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from . import read_metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which runs, and where the figure goes."""
+
+    runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = ()
+    output: pathlib.Path | None = None  # None is training.png in the first run.
+
+
+QUICK = Config()
+
+
+def run(config: Config) -> pathlib.Path:
+    """Draws loss and validation accuracy against updates; the figure's path.
+
+    Raises:
+        ValueError: No run is given.
+        FileNotFoundError: A folder holds no metrics.
+    """
+    if not config.runs:
+        raise ValueError("Name the folder of at least one run.")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.6), layout="constrained", sharex=True
+    )
+    for number, folder in enumerate(config.runs):
+        records = read_metrics(folder / "metrics.jsonl")
+        if not records:
+            raise FileNotFoundError(
+                f"There is no metrics.jsonl with records in {folder}. Give a folder "
+                "that `python -m experiments train` has written."
+            )
+        of_split = lambda name, field, records=records: zip(
+            *((r["step"], r[field]) for r in records if r["split"] == name),
+            strict=True,
+        )
+        color = f"C{number}"
+        left.plot(*of_split("train", "loss"), color=color, alpha=0.5, linewidth=1)
+        for axis, field in ((left, "loss"), (right, "accuracy")):
+            points = list(of_split("validation", field))
+            if points:
+                axis.plot(
+                    *points, color=color, marker="o", markersize=3, label=folder.name
+                )
+    left.set_ylabel("cross-entropy (line training, points validation)")
+    right.set_ylabel("validation accuracy")
+    for axis in (left, right):
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(frameon=False, fontsize=8)
+    path = config.output or config.runs[0] / "training.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"Wrote {path}.")
+    return path

@@ -1,0 +1,144 @@
+"""The Sinkhorn iteration on one matrix, in either domain, with its history.
+
+Entry k of a history is the state after k full iterations: `r[k]` and `c[k]`, where
+`r[k]` is the row step on `c[k]`. With finish="columns" the result is (r[k - 1], c[k]).
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .domain import Domain, Linear
+
+Finish = Literal["rows", "columns"]
+
+
+class History(NamedTuple):
+    """Scalings after 0, 1, ..., `num_iters` full iterations; zeros beyond."""
+
+    r: Float[Array, "K T"]
+    c: Float[Array, "K S"]
+    stopped: Int[Array, ""] | None = None  # Where a tolerance stopped the iteration.
+
+    @property
+    def num_iters(self) -> int | Array:
+        """Full iterations that ran; a Python int unless a tolerance decided it."""
+        return self.r.shape[0] - 1 if self.stopped is None else self.stopped
+
+    def end(self, finish: Finish):
+        """The scalings of the result."""
+        k = self.num_iters
+        return self.r[k if finish == "rows" else k - 1], self.c[k]
+
+    def tail(self, num_iters: int) -> "History":
+        """The last `num_iters` full iterations and the state before them."""
+        if num_iters >= self.r.shape[0] - 1:
+            return self
+        if self.stopped is None:
+            return History(self.r[-num_iters - 1 :], self.c[-num_iters - 1 :])
+        start = jnp.maximum(self.stopped - num_iters, 0)
+        r, c = (
+            jax.lax.dynamic_slice_in_dim(x, start, num_iters + 1)
+            for x in (self.r, self.c)
+        )
+        return History(r, c, jnp.minimum(self.stopped, num_iters))
+
+
+def iterate(domain: Domain, start, a, b, num_iters: int) -> History:
+    """A fixed number of full iterations from the softmax."""
+    first = domain.row_step(start, a)
+
+    def full_iteration(r, _):
+        c = domain.col_step(r, b)
+        r = domain.row_step(c, a)
+        return r, (r, c)
+
+    _, (r, c) = jax.lax.scan(full_iteration, first, None, length=num_iters)
+    return History(jnp.concatenate([first[None], r]), jnp.concatenate([start[None], c]))
+
+
+def iterate_until(
+    domain: Domain, start, a, b, limit: int, tolerance: float, finish: Finish
+) -> History:
+    """At most `limit` full iterations, until the marginal error is within tolerance."""
+    first = domain.row_step(start, a)
+    r = jnp.zeros((limit + 1, *first.shape), first.dtype).at[0].set(first)
+    c = jnp.zeros((limit + 1, *start.shape), start.dtype).at[0].set(start)
+    # The column step that comes next also tells the column sums of the state before
+    # it, so each test is free. Rows are exact until a result ends on columns.
+    following = domain.col_step(first, b)
+    error = relative_defect(domain, start, following, a, b)
+    if finish == "columns":
+        error = jnp.full_like(error, jnp.inf)
+
+    def unfinished(state):
+        k, error, *_ = state
+        return (k < limit) & (error > tolerance)
+
+    def full_iteration(state):
+        k, _, r, c, following = state
+        c_k = following
+        r_k = domain.row_step(c_k, a)
+        following = domain.col_step(r_k, b)
+        if finish == "rows":
+            error = relative_defect(domain, c_k, following, a, b)
+        else:
+            error = relative_defect(domain, r[k], r_k, a, a)
+        return k + 1, error, r.at[k + 1].set(r_k), c.at[k + 1].set(c_k), following
+
+    k, _, r, c, _ = jax.lax.while_loop(
+        unfinished, full_iteration, (jnp.int32(0), error, r, c, following)
+    )
+    return History(r, c, k)
+
+
+def marginal_error(domain: Domain, history: History, a, b, finish: Finish):
+    """Total absolute defect of the marginal that is not exact, relative to sum(a)."""
+    k = history.num_iters
+    if finish == "rows":
+        after = domain.col_step(history.r[k], b)
+        return relative_defect(domain, history.c[k], after, a, b)
+    return relative_defect(domain, history.r[k - 1], history.r[k], a, a)
+
+
+def relative_defect(domain: Domain, scaling, after, a, target):
+    """What the sums against `target` lack, from the step that would mend them."""
+    # A step multiplies a scaling by target / sum, so sum = target * scaling / after.
+    total = a.sum()
+    defect = target * jnp.abs(domain.ratio(scaling, after) - 1)
+    return defect.sum() / jnp.where(total == 0, 1, total)
+
+
+def is_representable(
+    domain: Linear, history: History, a: Array, b: Array
+) -> Bool[Array, ""]:
+    """Whether the linear domain lost nothing: else its plan is silently wrong.
+
+    A kernel entry below `tiny` is lost, and with it up to r_i c_j tiny of the mass
+    a_i and b_j. So is a product r_i E_ij below `tiny`, of a sum that is b_j / c_j.
+    Neither may matter in the dtype's precision, at any step.
+    """
+    r, c = history.r, history.c
+    tiny, eps = jnp.finfo(r.dtype).tiny, jnp.finfo(r.dtype).eps
+    a, b = jnp.where(a == 0, 1, a), jnp.where(b == 0, 1, b)
+    ran = jnp.arange(r.shape[0], dtype=jnp.int32) <= history.num_iters
+    positive = jnp.where(domain.rows[None, :], r, 1).min(axis=1) >= tiny
+    # c[0] may underflow: it only weighs the entries of the softmax, which then do too.
+    positive &= (jnp.where(domain.cols[None, :], c, 1).min(axis=1) >= tiny) | (
+        jnp.arange(c.shape[0]) == 0
+    )
+    r_top, r_relative = r.max(axis=1), (r / a[None, :]).max(axis=1)
+    c_top, c_relative = c.max(axis=1), (c / b[None, :]).max(axis=1)
+
+    def harmless(row, col):
+        lost = jnp.maximum(row, 1) * jnp.maximum(col, 1) * tiny
+        return lost <= eps / 8
+
+    ok = positive & harmless(r_relative, c_top) & harmless(r_top, c_relative)
+    # Between two full iterations the new columns meet the old rows.
+    between = harmless(r_relative[:-1], c_top[1:]) & harmless(
+        r_top[:-1], c_relative[1:]
+    )
+    return (ok | ~ran).all() & (between | ~ran[1:]).all()

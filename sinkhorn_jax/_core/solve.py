@@ -1,0 +1,82 @@
+"""Solve one matrix in the linear domain, or in log space where that would be wrong.
+
+The backward pass stays in the domain that the forward pass decided on.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._runtime.batch import mended
+from .domain import Domain, Frame, Linear, Log
+from .gradient import kept_iterations
+from .iteration import History, is_representable, iterate, iterate_until
+from .options import Options
+
+# Computes the logits. A call in either branch, instead of one result for both, lets the
+# linear branch overwrite them with the kernel matrix.
+Logits = Callable[[], Float[Array, "T S"]]
+Marginals = Callable[[Domain], tuple[Float[Array, " T"], Float[Array, " S"]]]
+
+
+class Solution(NamedTuple):
+    """What the backward pass of one matrix needs besides its logits."""
+
+    history: History
+    is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
+    frame: Frame
+
+
+def solve(
+    logits: Logits,
+    marginals: Marginals,
+    output: Callable[[Domain, History, Array, Array], Any],
+    options: Options,
+) -> tuple[Any, Solution]:
+    """Iterate, and return what `output` makes of domain, history and marginals."""
+
+    def in_domain(domain):
+        a, b = marginals(domain)
+        start = domain.start()
+        if options.tolerance is None:
+            history = iterate(domain, start, a, b, options.num_iters)
+        else:
+            history = iterate_until(
+                domain,
+                start,
+                a,
+                b,
+                options.num_iters,
+                options.tolerance,
+                options.finish,
+            )
+        return output(domain, history, a, b), history
+
+    linear = Linear.of(logits())
+    result = in_domain(linear)
+    is_linear = is_representable(linear, result[1], *marginals(linear))
+    out, history = mended(result, is_linear, lambda: in_domain(Log.of(logits())))
+    kept = history.tail(kept_iterations(options.gradient, options.num_iters))
+    return out, Solution(kept, is_linear, linear.frame)
+
+
+def pull_back(
+    logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
+) -> Any:
+    """Return `cotangents` of the domain that the solution is in."""
+    return mended(
+        cotangents(Linear.again(logits(), solution.frame)),
+        solution.is_linear,
+        lambda: cotangents(Log.of(logits())),
+    )
+
+
+def to_unit(cotangent: Any) -> tuple[Any, Float[Array, ""]]:
+    """A pytree over its largest magnitude, and that; a zero or non-finite one as is."""
+    size = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(cotangent)]).max()
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    size = jax.lax.stop_gradient(size)
+    return jax.tree.map(lambda x: x / size, cotangent), size

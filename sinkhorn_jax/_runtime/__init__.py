@@ -1,0 +1,1 @@
+"""Many matrices at once: choosing an implementation, batching, and sharding."""

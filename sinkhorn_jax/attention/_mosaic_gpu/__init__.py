@@ -1,0 +1,1 @@
+"""Attention as Pallas kernels for NVIDIA Hopper GPUs."""

@@ -1,0 +1,1 @@
+"""Kernels that keep the kernel matrix of a head in shared memory."""

@@ -1,0 +1,1 @@
+"""Attention that stores nothing of size (T, S), forward or backward."""
