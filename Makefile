@@ -30,7 +30,7 @@ TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
 GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
-.PHONY: demo report test test-all benchmark compile-table compile-table-gpu clean
+.PHONY: demo report test check-results test-all benchmark compile-table compile-table-gpu clean
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # What shares a device must not run at once.
 .NOTPARALLEL:
@@ -46,7 +46,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/results
+
+# The committed results against each other: figures and texts against their rows.
+check-results: $(INSTALLED)
+	$(BIN)/python -m pytest tests/results
 
 # With the loops that users get; tests/conftest.py says what `make test` has instead.
 test-all: $(PEERS)

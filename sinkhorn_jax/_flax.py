@@ -13,10 +13,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer
 
-from ._core.domain import PRECISION, accum_dtype
 from ._core.gradient import Gradient
 from ._core.iteration import Finish
 from ._core.options import Options
+from ._core.precision import PRECISION, accum_dtype
 from .attention._api import CAUSAL, attend, check_scale
 from .matrix import sinkhorn
 

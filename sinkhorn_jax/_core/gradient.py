@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .checks import integer, number
 from .domain import Correction, Domain
-from .iteration import Finish, History
+from .iteration import Finish, ScalingHistory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def kept_iterations(gradient: Gradient, num_iters: int) -> int:
 def adjoint(
     gradient: Gradient,
     domain: Domain,
-    history: History,
+    history: ScalingHistory,
     df: Float[Array, " T"],
     dg: Float[Array, " S"],
     a: Float[Array, " T"],

@@ -15,7 +15,7 @@ from .domain import Domain, Linear
 Finish = Literal["rows", "columns"]
 
 
-class History(NamedTuple):
+class ScalingHistory(NamedTuple):
     """Scalings after 0, 1, ..., `num_iters` full iterations; zeros beyond."""
 
     r: Float[Array, "K T"]
@@ -32,21 +32,21 @@ class History(NamedTuple):
         k = self.num_iters
         return self.r[k if finish == "rows" else k - 1], self.c[k]
 
-    def tail(self, num_iters: int) -> "History":
+    def tail(self, num_iters: int) -> "ScalingHistory":
         """The last `num_iters` full iterations and the state before them."""
         if num_iters >= self.r.shape[0] - 1:
             return self
         if self.stopped is None:
-            return History(self.r[-num_iters - 1 :], self.c[-num_iters - 1 :])
+            return ScalingHistory(self.r[-num_iters - 1 :], self.c[-num_iters - 1 :])
         start = jnp.maximum(self.stopped - num_iters, 0)
         r, c = (
             jax.lax.dynamic_slice_in_dim(x, start, num_iters + 1)
             for x in (self.r, self.c)
         )
-        return History(r, c, jnp.minimum(self.stopped, num_iters))
+        return ScalingHistory(r, c, jnp.minimum(self.stopped, num_iters))
 
 
-def iterate(domain: Domain, start, a, b, num_iters: int) -> History:
+def iterate(domain: Domain, start, a, b, num_iters: int) -> ScalingHistory:
     """A fixed number of full iterations from the softmax."""
     first = domain.row_step(start, a)
 
@@ -56,12 +56,14 @@ def iterate(domain: Domain, start, a, b, num_iters: int) -> History:
         return r, (r, c)
 
     _, (r, c) = jax.lax.scan(full_iteration, first, None, length=num_iters)
-    return History(jnp.concatenate([first[None], r]), jnp.concatenate([start[None], c]))
+    return ScalingHistory(
+        jnp.concatenate([first[None], r]), jnp.concatenate([start[None], c])
+    )
 
 
 def iterate_until(
     domain: Domain, start, a, b, limit: int, tolerance: float, finish: Finish
-) -> History:
+) -> ScalingHistory:
     """At most `limit` full iterations, until the marginal error is within tolerance."""
     first = domain.row_step(start, a)
     r = jnp.zeros((limit + 1, *first.shape), first.dtype).at[0].set(first)
@@ -91,10 +93,10 @@ def iterate_until(
     k, _, r, c, _ = jax.lax.while_loop(
         unfinished, full_iteration, (jnp.int32(0), error, r, c, following)
     )
-    return History(r, c, k)
+    return ScalingHistory(r, c, k)
 
 
-def marginal_error(domain: Domain, history: History, a, b, finish: Finish):
+def marginal_error(domain: Domain, history: ScalingHistory, a, b, finish: Finish):
     """Total absolute defect of the marginal that is not exact, relative to sum(a)."""
     k = history.num_iters
     if finish == "rows":
@@ -112,7 +114,7 @@ def relative_defect(domain: Domain, scaling, after, a, target):
 
 
 def is_representable(
-    domain: Linear, history: History, a: Array, b: Array
+    domain: Linear, history: ScalingHistory, a: Array, b: Array
 ) -> Bool[Array, ""]:
     """Whether the linear domain lost nothing: else its plan is silently wrong.
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._runtime.batch import mended
+from .._runtime.vmap import with_fallback
 from .domain import Domain, Frame, Linear, Log
 from .gradient import kept_iterations
-from .iteration import History, is_representable, iterate, iterate_until
+from .iteration import ScalingHistory, is_representable, iterate, iterate_until
 from .options import Options
 
 # Computes the logits. A call in either branch, instead of one result for both, lets the
@@ -25,7 +25,7 @@ Marginals = Callable[[Domain], tuple[Float[Array, " T"], Float[Array, " S"]]]
 class Solution(NamedTuple):
     """What the backward pass of one matrix needs besides its logits."""
 
-    history: History
+    history: ScalingHistory
     is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
     frame: Frame
 
@@ -33,7 +33,7 @@ class Solution(NamedTuple):
 def solve(
     logits: Logits,
     marginals: Marginals,
-    output: Callable[[Domain, History, Array, Array], Any],
+    output: Callable[[Domain, ScalingHistory, Array, Array], Any],
     options: Options,
 ) -> tuple[Any, Solution]:
     """Iterate, and return what `output` makes of domain, history and marginals."""
@@ -58,7 +58,7 @@ def solve(
     linear = Linear.of(logits())
     result = in_domain(linear)
     is_linear = is_representable(linear, result[1], *marginals(linear))
-    out, history = mended(result, is_linear, lambda: in_domain(Log.of(logits())))
+    out, history = with_fallback(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
     return out, Solution(kept, is_linear, linear.frame)
 
@@ -67,7 +67,7 @@ def pull_back(
     logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
 ) -> Any:
     """Return `cotangents` of the domain that the solution is in."""
-    return mended(
+    return with_fallback(
         cotangents(Linear.again(logits(), solution.frame)),
         solution.is_linear,
         lambda: cotangents(Log.of(logits())),

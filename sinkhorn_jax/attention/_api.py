@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._core.checks import number
-from .._core.domain import accum_dtype
 from .._core.gradient import Exact, Gradient
 from .._core.iteration import Finish
 from .._core.options import Options
+from .._core.precision import accum_dtype
 from .._runtime.dispatch import Implementation, select
 from . import _reference, _scaling
 from ._mosaic_gpu import attend as _mosaic_gpu

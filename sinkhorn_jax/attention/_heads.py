@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._core.domain import Domain, accum_dtype, dot
-from .._runtime.batch import map_and_add, map_matrices, matrices_in_flight
+from .._core.domain import Domain
+from .._core.precision import accum_dtype, dot
+from .._runtime.scheduling import map_and_add, map_matrices, matrices_in_flight
 from ._problem import (
     Operands,
     Problem,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._core.domain import accum_dtype
 from .._core.options import Options
-from .._runtime.batch import varying_like
+from .._core.precision import accum_dtype
+from .._runtime.shard_map import varying_like
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core.domain import PRECISION, accum_dtype
+from .._core.precision import PRECISION, accum_dtype
 from ..matrix import _problem as matrix_problem
 from ..matrix import _reference as matrix
 from ._problem import (

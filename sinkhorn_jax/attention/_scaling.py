@@ -9,9 +9,10 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
-from .._core.domain import Product, dot
+from .._core.domain import Product
 from .._core.gradient import adjoint
 from .._core.iteration import marginal_error
+from .._core.precision import dot
 from .._core.solve import pull_back, solve, to_unit
 from ._heads import Heads
 from ._problem import Operands, Problem, vary_alike

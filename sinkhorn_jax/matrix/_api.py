@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from .._core.domain import accum_dtype
 from .._core.gradient import Exact, Gradient
 from .._core.iteration import Finish
 from .._core.options import Options
+from .._core.precision import accum_dtype
 from .._runtime.dispatch import Implementation, select
 from . import _reference, _scaling
 from ._problem import Potentials, Problem

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from .._core.gradient import adjoint
 from .._core.iteration import marginal_error
 from .._core.solve import pull_back, solve, to_unit
-from .._runtime.batch import map_matrices, matrices_in_flight
+from .._runtime.scheduling import map_matrices, matrices_in_flight
 from ._problem import Potentials, Problem
 
 

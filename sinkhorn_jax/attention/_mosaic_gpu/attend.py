@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._runtime.batch import with_more_matrices
+from ..._runtime.vmap import fold_vmap
 from .._pallas_common import to_unit, why_not_options
 from .._problem import Operands, Problem, vary_alike
 from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, default_blocks, padded_dim
@@ -90,7 +90,7 @@ def _attend(problem, blocks, rows, cols, query, key, value):
 
 def _attend_fwd(problem, blocks, rows, cols, query, key, value):
     padded = _pad(problem, blocks, rows, cols, query, key, value)
-    out, error, history = with_more_matrices(
+    out, error, history = fold_vmap(
         functools.partial(_forward, problem, blocks), *padded
     )
     if error is not None:
@@ -109,7 +109,7 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
     value_size = jnp.repeat(value_size, groups, axis=2)
     out = out / value_size.reshape(-1, 1, 1)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
-    dq, dk, dv = with_more_matrices(
+    dq, dk, dv = fold_vmap(
         functools.partial(_backward, problem, blocks),
         *padded,
         *history,

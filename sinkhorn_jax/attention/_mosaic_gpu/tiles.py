@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from ..._runtime.batch import varying_like
+from ..._runtime.shard_map import varying_like
 
 # A reference to memory inside a kernel. Pallas has no public type for one.
 Ref = Any

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._runtime.batch import varying_like, with_more_matrices
+from ..._runtime.shard_map import varying_like
+from ..._runtime.vmap import fold_vmap
 from .._pallas_common import to_unit, why_not_options
 from .._problem import Operands, Problem, vary_alike
 from .backward import backward
@@ -83,7 +84,7 @@ def _attend_fwd(
     problem, blocks, backward_blocks, num_rows, num_cols, query, key, value
 ):
     del backward_blocks
-    out, error, bases, scalings = with_more_matrices(
+    out, error, bases, scalings = fold_vmap(
         functools.partial(forward, problem, blocks),
         num_rows,
         num_cols,
@@ -101,7 +102,7 @@ def _attend_bwd(problem, forward_blocks, blocks, residuals, cotangents):
     num_rows, num_cols, query, key, value, bases, scalings = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
     dout, size = to_unit(varying_like(dout, query))
-    dq, dk, dv = with_more_matrices(
+    dq, dk, dv = fold_vmap(
         functools.partial(backward, problem, blocks),
         num_rows,
         num_cols,

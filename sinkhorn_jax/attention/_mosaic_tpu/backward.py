@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..._runtime.batch import result, varying_like
+from ..._runtime.shard_map import kernel_result, varying_like
 from .._pallas_common import reciprocal
 from .._problem import Problem
 from .blocks import LANES, Blocks, correction_rank, strips_in_lanes, vmem_limit
@@ -271,9 +271,9 @@ def backward(
     return pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem, blocks=blocks),
         out_shape=[
-            result(query, (heads, t, h), jnp.float32),
-            result(query, (heads, h, s), jnp.float32),
-            result(query, (heads, d, s), jnp.float32),
+            kernel_result(query, (heads, t, h), jnp.float32),
+            kernel_result(query, (heads, h, s), jnp.float32),
+            kernel_result(query, (heads, d, s), jnp.float32),
         ],
         grid=grid,
         in_specs=in_specs,

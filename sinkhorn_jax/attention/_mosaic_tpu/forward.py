@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from ..._runtime.batch import result
+from ..._runtime.shard_map import kernel_result
 from .._pallas_common import reciprocal
 from .._problem import Problem
 from .blocks import LANES, Blocks, vmem_limit
@@ -205,13 +205,13 @@ def forward(
     num_iters = problem.options.num_iters
     grid, at_head, at_strip = grid_of(blocks, heads, num_iters + 1)
     held = blocks.padded_rows if blocks.is_resident else blocks.rows
-    out_shape = [result(query, (heads, t, d), problem.dtype)]
+    out_shape = [kernel_result(query, (heads, t, d), problem.dtype)]
     out_specs = [pl.BlockSpec((1, held, d), at_strip(last=num_iters))]
     if problem.return_marginal_error:
-        out_shape.append(result(query, (heads, 1, LANES), jnp.float32))
+        out_shape.append(kernel_result(query, (heads, 1, LANES), jnp.float32))
         out_specs.append(pl.BlockSpec((1, 1, LANES), at_head()))
     for _ in range(2 if num_iters else 0):
-        out_shape.append(result(query, (heads, num_iters, s), jnp.float32))
+        out_shape.append(kernel_result(query, (heads, num_iters, s), jnp.float32))
         out_specs.append(pl.BlockSpec((1, num_iters, s), at_head()))
     groups = problem.num_heads // problem.num_key_heads
     in_specs = [

@@ -21,8 +21,8 @@ from typing import Final
 import jax
 from jaxtyping import Array, Float
 
-from ..._core.domain import accum_dtype
 from ..._core.gradient import Implicit
+from ..._core.precision import accum_dtype
 from ..._core.solve import to_unit
 from .._heads import Heads
 from .._problem import Operands, Problem, vary_alike

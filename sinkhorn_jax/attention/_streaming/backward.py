@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._core.domain import dot
-from ..._runtime.batch import mended
+from ..._core.precision import dot
+from ..._runtime.vmap import with_fallback
 from .._problem import uniform_marginals
 from .forward import State
 from .strips import Strips
@@ -178,7 +178,7 @@ def _correction(strips, end, last_weight, sweep):
         return jax.lax.scan(add, kernel * last, sweep)[0]
 
     def correction(strip, kernel):
-        return mended(
+        return with_fallback(
             kernel * dot(strip.take(left), right),
             is_safe,
             lambda: step_by_step(strip, kernel),

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._core.domain import dot
 from ..._core.gradient import kept_iterations
-from ..._runtime.batch import mended
+from ..._core.precision import dot
+from ..._runtime.vmap import with_fallback
 from .._problem import uniform_marginals
 from .strips import Strips
 
@@ -114,7 +114,7 @@ def _softmax(strips, value):
 
         return strips.fold(again, jnp.zeros_like(sums)), top
 
-    sums, shift = mended(
+    sums, shift = with_fallback(
         (sums, jnp.zeros_like(top)), (top >= HIDDEN).all(), under_column_maxima
     )
     g = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1)) - shift

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._core.domain import dot
-from ..._runtime.batch import varying_like
+from ..._core.precision import dot
+from ..._runtime.shard_map import varying_like
 from .._heads import Heads
 from .._problem import Problem
 

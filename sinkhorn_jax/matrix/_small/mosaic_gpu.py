@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from ..._runtime.batch import varying_like
+from ..._runtime.shard_map import varying_like
 from .._problem import Potentials, Problem
 from . import vjp as _small
 from .vjp import History, Kernels, Memory, Ref

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ..._runtime.batch import result
+from ..._runtime.shard_map import kernel_result
 from .._problem import Potentials, Problem
 from . import vjp as _small
 from .tile import loop
@@ -199,7 +199,7 @@ def _call(
     results = pl.pallas_call(
         functools.partial(kernel, num_tiles=num_tiles),
         out_shape=[
-            result(operands[0], (*shape, num_tiles * SUBLANES, LANES), dtype)
+            kernel_result(operands[0], (*shape, num_tiles * SUBLANES, LANES), dtype)
             for shape in out_shapes
         ],
         grid=(pl.cdiv(num_tiles, in_block),),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._core.gradient import Exact
-from ..._runtime.batch import varying_like, with_more_matrices
+from ..._runtime.shard_map import varying_like
+from ..._runtime.vmap import fold_vmap
 from .._problem import Potentials, Problem
 from . import tile as _tile
 from .tile import Cotangents, Tile
@@ -93,14 +94,14 @@ def _solve(kernels, problem, has_plan, logits, a, b):
 
 def _solve_fwd(kernels, problem, has_plan, logits, a, b):
     forward = functools.partial(kernels.forward, problem, has_plan)
-    return with_more_matrices(forward, logits, a, b), (logits, a, b)
+    return fold_vmap(forward, logits, a, b), (logits, a, b)
 
 
 def _solve_bwd(kernels, problem, has_plan, residuals, cotangents):
     if not has_plan:
         cotangents = cotangents[:2]  # The marginal error is not differentiated.
     backward = functools.partial(kernels.backward, problem)
-    return with_more_matrices(backward, *residuals, *cotangents)
+    return fold_vmap(backward, *residuals, *cotangents)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)

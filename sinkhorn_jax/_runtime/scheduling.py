@@ -1,0 +1,68 @@
+"""How many matrices to compute at once, and the loop over the rest."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+from jaxtyping import Array, Int, Shaped
+
+from .shard_map import varying_like
+
+# On a CPU a matrix that stays in cache while it is iterated on is several times faster
+# than one read from memory, so few go at once; tiny ones are bound by the overhead of
+# the loop instead and all go together. An accelerator takes as many as fit.
+CPU_BYTES_IN_FLIGHT: Final = 2**20
+ACCELERATOR_BYTES_IN_FLIGHT: Final = 2**32
+TINY_MATRIX_ENTRIES: Final = 32 * 32
+
+
+def matrices_in_flight(batch: int, t: int, s: int, itemsize: int) -> int:
+    """How many (t, s) matrices to work on at once: a divisor of `batch`."""
+    if batch <= 1:
+        return 1
+    if jax.default_backend() == "cpu":
+        if t * s <= TINY_MATRIX_ENTRIES:
+            return batch
+        limit = CPU_BYTES_IN_FLIGHT // (t * s * itemsize)
+    else:
+        limit = ACCELERATOR_BYTES_IN_FLIGHT // (t * s * itemsize)
+    # A divisor, because a remainder would be a second copy of the compiled loop body.
+    return max(n for n in range(1, max(1, min(batch, limit)) + 1) if batch % n == 0)
+
+
+def map_matrices(fn: Callable[..., Any], xs: Any, in_flight: int) -> Any:
+    """`jax.vmap(fn)(xs)`, `in_flight` at a time; a divisor of the leading axis."""
+    batch = jax.tree.leaves(xs)[0].shape[0]
+    if in_flight == 1 and batch > 1:
+        return jax.lax.map(fn, xs)
+    if in_flight >= batch:
+        return jax.vmap(fn)(xs)
+    return jax.lax.map(fn, xs, batch_size=in_flight)
+
+
+def map_and_add(
+    fn: Callable[..., tuple[Any, Any]],
+    xs: Any,
+    total: Shaped[Array, "slots ..."],
+    slots: Int[Array, " batch"],
+    in_flight: int,
+) -> tuple[Any, Shaped[Array, "slots ..."]]:
+    """`map_matrices` of the first result of `fn`, the second added to its slot."""
+    batch = slots.shape[0]
+
+    total = varying_like(total, xs)
+
+    def add(total, inputs):
+        xs, slots = inputs
+        out, addend = fn(xs) if in_flight == 1 else jax.vmap(fn)(xs)
+        return total.at[slots].add(addend), out
+
+    if in_flight > 1:
+        xs, slots = jax.tree.map(
+            lambda x: x.reshape(batch // in_flight, in_flight, *x.shape[1:]),
+            (xs, slots),
+        )
+    total, out = jax.lax.scan(add, total, (xs, slots))
+    if in_flight > 1:
+        out = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
+    return out, total

@@ -1,0 +1,90 @@
+"""Kernels and branches that survive `jax.vmap`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool
+
+
+def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
+    """`fn(*arrays)`, where an axis of `vmap` is more of the leading axis.
+
+    Each array and result has a leading axis, of matrices or of what they share, such as
+    the elements of a batch that has several heads each. For Pallas kernels, which would
+    get the axis of `vmap` in front of their grid instead.
+
+    Raises:
+        NotImplementedError: It is differentiated, which Pallas cannot: what calls it
+            has its own derivative, and that is being differentiated again.
+    """
+
+    @jax.custom_jvp
+    def once(*arrays):
+        return call(*arrays)
+
+    @once.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "The derivative of a kernel cannot be differentiated again: it is a kernel "
+            "too. For second derivatives use implementation='reference'."
+        )
+
+    @custom_vmap
+    def call(*arrays):
+        return fn(*arrays)
+
+    @call.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        def one(x, is_batched):
+            return jax.ShapeDtypeStruct(x.shape[int(is_batched) :], x.dtype)
+
+        def fold(x, is_batched):
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        def unfold(x):
+            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
+
+        # None among the arrays is no leaf.
+        in_batched = tuple(in_batched)
+        if axis_size == 0:  # No kernel has an empty grid.
+            out = jax.eval_shape(fn, *jax.tree.map(one, arrays, in_batched))
+            out = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), out)
+        else:
+            arrays = jax.tree.map(fold, arrays, in_batched)
+            out = jax.tree.map(unfold, fold_vmap(fn, *arrays))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return once(*arrays)
+
+
+@custom_vmap
+def any_in_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the flag is set for any matrix, over every axis that `vmap` hides.
+
+    A `lax.cond` on it stays a branch under `vmap`, where a batched predicate would
+    become a select that always pays for both sides.
+    """
+    return flag
+
+
+@any_in_batch.def_vmap
+def _any_in_batch_vmap(axis_size, in_batched, flag):
+    del axis_size
+    return any_in_batch(jnp.any(flag, axis=0) if in_batched[0] else flag), False
+
+
+def with_fallback(
+    result: Any, is_right: Bool[Array, ""], instead: Callable[[], Any]
+) -> Any:
+    """`result`, and what `instead` computes where that is not right."""
+
+    def mend():
+        return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
+
+    return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)
