@@ -39,7 +39,7 @@ import numpy as np
 
 from sinkhorn_jax import sinkhorn
 from sinkhorn_jax._core.options import Options
-from sinkhorn_jax._runtime.dispatch import select
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.matrix import IMPLEMENTATIONS
 from sinkhorn_jax.matrix._problem import Problem
 
@@ -265,7 +265,7 @@ def _is_default(config, size, name):
         dtype=jnp.dtype(config.dtype),
         options=Options(config.num_iters),
     )
-    return select(IMPLEMENTATIONS, None, problem) is IMPLEMENTATIONS[name].run
+    return preferred(IMPLEMENTATIONS, problem) == name
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

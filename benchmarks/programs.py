@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sinkhorn_jax import sinkhorn_attention
 from sinkhorn_jax._core.options import Options
-from sinkhorn_jax._runtime.dispatch import select
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention._problem import Problem
 
@@ -70,8 +70,7 @@ def is_default(name: str, case: Case) -> bool:
     """Whether `implementation=None` takes it for the case, on the platform in use."""
     if name not in IMPLEMENTATIONS:
         return False
-    chosen = select(IMPLEMENTATIONS, None, problem(case))
-    return IMPLEMENTATIONS[name].run is chosen
+    return preferred(IMPLEMENTATIONS, problem(case)) == name
 
 
 def problem(case: Case) -> Problem:

@@ -17,7 +17,7 @@ from ._core.gradient import Gradient
 from ._core.iteration import Finish
 from ._core.options import Options
 from ._core.precision import PRECISION, accum_dtype
-from .attention._api import CAUSAL, attend, check_scale
+from .attention._api import CAUSAL, AttentionImplementation, attend, check_scale
 from .matrix import sinkhorn
 
 SINGLE_QUERY: Final = (
@@ -32,7 +32,7 @@ class Normaliser:
 
     options: Options
     scale: float | None
-    implementation: str | None
+    implementation: AttentionImplementation | None
 
 
 def normaliser(
@@ -40,7 +40,7 @@ def normaliser(
     scale: float | None,
     finish: Finish,
     gradient: Gradient,
-    implementation: str | None,
+    implementation: AttentionImplementation | None,
 ) -> Normaliser:
     """Checks what it can where a layer is made, before anything is traced."""
     scale = None if scale is None else check_scale(scale)
@@ -134,7 +134,8 @@ def make_plan(how: Normaliser, operands: Operands) -> Float[Array, "*batch N T S
         where=where,
         finish=how.options.finish,
         gradient=how.options.gradient,
-        implementation=how.implementation,
+        # Explicit logits exist whatever attends; forward mode needs "reference".
+        implementation="reference" if how.implementation == "reference" else None,
     )
 
 

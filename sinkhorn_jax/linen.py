@@ -20,6 +20,7 @@ from ._flax import (
     make_plan,
     normaliser,
 )
+from .attention._api import AttentionImplementation
 
 
 def attention_fn(
@@ -28,7 +29,7 @@ def attention_fn(
     scale: float | None = None,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
-    implementation: str | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of linen's multi-head layers doubly stochastic.
 
@@ -130,7 +131,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     scale: float | None = None
     finish: Finish = "rows"
     gradient: Gradient = Exact()
-    implementation: str | None = None
+    implementation: AttentionImplementation | None = None
 
     @nn.compact
     def __call__(

@@ -19,6 +19,7 @@ from ._flax import (
     make_plan,
     normaliser,
 )
+from .attention._api import AttentionImplementation
 
 
 def attention_fn(
@@ -27,7 +28,7 @@ def attention_fn(
     scale: float | None = None,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
-    implementation: str | None = None,
+    implementation: AttentionImplementation | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of `nnx.MultiHeadAttention` doubly stochastic.
 
@@ -125,7 +126,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         scale: float | None = None,
         finish: Finish = "rows",
         gradient: Gradient = Exact(),  # noqa: B008 - frozen.
-        implementation: str | None = None,
+        implementation: AttentionImplementation | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):

@@ -65,7 +65,7 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def prefer(problem: Problem, platform: str) -> bool:
+def prefer(problem: Problem) -> bool:
     """Whatever nothing before it takes."""
-    del problem, platform
+    del problem
     return True

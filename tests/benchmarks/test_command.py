@@ -2,7 +2,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-from types import MappingProxyType
 
 import jax
 import pytest
@@ -17,8 +16,8 @@ from benchmarks.harness import record as _record
 from benchmarks.peers import PEERS
 from benchmarks.report import readme as _readme
 from benchmarks.report import table as _table
-from sinkhorn_jax._runtime.dispatch import Implementation
-from sinkhorn_jax.attention import IMPLEMENTATIONS, _api
+from sinkhorn_jax.attention import IMPLEMENTATIONS
+from sinkhorn_jax.attention._streaming import attend as streaming
 
 
 def can_run(name, mode):
@@ -98,26 +97,21 @@ def test_quick_table_has_a_line_for_each_row(quick):
 
 def test_what_cannot_run_is_skipped_with_its_reason(monkeypatch, tmp_path, capsys):
     reason = "it needs a machine that nobody has"
-    broken = Implementation(
-        None, lambda problem: reason, lambda problem, platform: False
-    )
-    table = MappingProxyType({"broken": broken, **IMPLEMENTATIONS})
-    for module in (_api, _programs):
-        monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
+    monkeypatch.setattr(streaming, "why_not", lambda problem: reason)
     monkeypatch.setattr(_run, "MODES", ("forward",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     path = tmp_path / "device" / "rows.jsonl"
     rows = benchmarks.run(
         benchmarks.Config(
-            quick=True, repeats=1, implementations=("broken", "pot"), output=path
+            quick=True, repeats=1, implementations=("streaming", "pot"), output=path
         )
     )
     assert [row.implementation for row in rows] == ["softmax"]
     printed = capsys.readouterr().out
-    assert f"implementation='broken' cannot run here: {reason}" in printed
+    assert f"implementation='streaming' cannot run here: {reason}" in printed
     assert "Skipped pot, 4x64 float32 10 iterations, forward: POT is not" in printed
     skips = _record.read_skips(tmp_path)
-    assert [skip.implementation for skip in skips] == ["broken", "pot"]
+    assert [skip.implementation for skip in skips] == ["streaming", "pot"]
     assert reason in skips[0].reason
     assert skips[0].case == rows[0].case
 

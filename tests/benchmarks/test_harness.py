@@ -215,11 +215,11 @@ def test_default_is_what_the_selection_takes(monkeypatch):
             functools.partial(sinkhorn_attention, num_iters=case.num_iters),
             *[array] * 3,
         )
-        name, problem, run = asked.pop()
+        name, problem, module = asked.pop()
         assert name is None
         assert problem == _programs.problem(case)
         defaults = [x for x in _programs.names() if _programs.is_default(x, case)]
-        assert [IMPLEMENTATIONS[x].run for x in defaults] == [run]
+        assert [IMPLEMENTATIONS[x].load() for x in defaults] == [module]
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])

@@ -77,12 +77,6 @@ def why_not(problem: Problem) -> str | None:
     return why_not_options(problem)
 
 
-def prefer(problem: Problem, platform: str) -> bool:
-    """Not unasked: it was lowered for GPUs but not measured on one."""
-    del problem, platform
-    return False
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(problem, blocks, rows, cols, query, key, value):
     return _attend_fwd(problem, blocks, rows, cols, query, key, value)[0]

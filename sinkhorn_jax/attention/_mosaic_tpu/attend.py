@@ -68,12 +68,6 @@ def why_not(problem: Problem) -> str | None:
     return why_not_options(problem)
 
 
-def prefer(problem: Problem, platform: str) -> bool:
-    """Not unasked: it was compiled for TPUs but not measured on one."""
-    del problem, platform
-    return False
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(problem, blocks, backward_blocks, num_rows, num_cols, query, key, value):
     args = num_rows, num_cols, query, key, value

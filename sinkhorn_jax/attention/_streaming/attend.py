@@ -51,9 +51,8 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def prefer(problem: Problem, platform: str) -> bool:
+def prefer(problem: Problem) -> bool:
     """Where the arrays of the faster `scaling` do not fit the memory budget."""
-    del platform
     itemsize = accum_dtype(problem.dtype).itemsize
     return SCALING_TS_ARRAYS * problem.t * problem.s * itemsize > MEMORY_BUDGET
 

@@ -60,12 +60,6 @@ def why_not(problem: Problem) -> str | None:
     return _small.why_not(problem, "GPU")
 
 
-def prefer(problem: Problem, platform: str) -> bool:
-    """Not unasked: it was lowered for GPUs but not run on one."""
-    del problem, platform
-    return False
-
-
 def _read(ref, index, at):
     return tuple(ref[(*index, j, *at)] for j in range(ref.shape[len(index)]))
 

@@ -68,12 +68,6 @@ def why_not(problem: Problem) -> str | None:
     return _small.why_not(problem, "TPU")
 
 
-def prefer(problem: Problem, platform: str) -> bool:
-    """Not unasked: it was not measured on a TPU."""
-    del problem, platform
-    return False
-
-
 def _read(ref, index, at):
     return ref[(*index, slice(None), *at)]
 

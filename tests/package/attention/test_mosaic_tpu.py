@@ -16,6 +16,7 @@ from support.kernel_steps import assert_close, exact, operands
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._core.options import Options
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention._mosaic_tpu import attend as _mosaic_tpu
 from sinkhorn_jax.attention._mosaic_tpu import forward as _mosaic_tpu_forward
@@ -317,14 +318,14 @@ def problem(**changed):
     ids=str,
 )
 def test_why_not(changed, says):
-    entry = IMPLEMENTATIONS["mosaic_tpu"]
-    assert entry.why_not(problem()) is None
-    assert re.search(says, entry.why_not(problem(**changed)))
+    why_not = IMPLEMENTATIONS["mosaic_tpu"].load().why_not
+    assert why_not(problem()) is None
+    assert re.search(says, why_not(problem(**changed)))
 
 
 def test_is_not_taken_unasked():
-    entry = IMPLEMENTATIONS["mosaic_tpu"]
-    assert not any(entry.prefer(problem(), x) for x in ("cpu", "gpu", "tpu"))
+    for platform in ("cpu", "gpu", "tpu"):
+        assert preferred(IMPLEMENTATIONS, problem(), platform) != "mosaic_tpu"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

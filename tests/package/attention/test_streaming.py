@@ -12,6 +12,7 @@ from support.hostile import hostile_logits
 
 from sinkhorn_jax import Implicit, Truncated, sinkhorn_attention
 from sinkhorn_jax._core.options import Options
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS, _heads
 from sinkhorn_jax.attention._problem import Problem
 from sinkhorn_jax.attention._streaming import attend as _streaming
@@ -229,11 +230,7 @@ def problem(t, s, dtype="float32", gradient=None):
 
 
 def chosen(problem, platform="cpu"):
-    return next(
-        name
-        for name, entry in IMPLEMENTATIONS.items()
-        if entry.why_not(problem) is None and entry.prefer(problem, platform)
-    )
+    return preferred(IMPLEMENTATIONS, problem, platform)
 
 
 def test_the_memory_budget_decides():

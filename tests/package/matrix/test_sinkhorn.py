@@ -429,7 +429,7 @@ def test_scaling_differentiates_twice_in_reverse():
 
 @implementations
 def test_equal_shapes_do_not_compile_again(implementation):
-    table = IMPLEMENTATIONS[implementation].run
+    table = IMPLEMENTATIONS[implementation].load()
     logits = random(0, (2, 3, 11))  # A shape that no other test uses.
     before = table.plan._cache_size()
     for seed in range(3):

@@ -22,6 +22,7 @@ from support.hostile import hostile_logits
 
 from sinkhorn_jax import Truncated, sinkhorn, sinkhorn_potentials
 from sinkhorn_jax._core.options import Options
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.matrix import IMPLEMENTATIONS
 from sinkhorn_jax.matrix._problem import Problem
 from sinkhorn_jax.matrix._small import mosaic_gpu as _mosaic_gpu
@@ -170,7 +171,7 @@ def test_bodies_are_exact_in_float64(module, length, finish):
         dtype=jnp.dtype("float64"),
         options=Options(num_iters, finish),
     )
-    solver = IMPLEMENTATIONS["reference"].run
+    solver = IMPLEMENTATIONS["reference"].load()
 
     def in_lanes(*arrays):
         return [np.moveaxis(np.asarray(x), 0, -1) for x in arrays]
@@ -409,9 +410,9 @@ kernels = pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
     ids=str,
 )
 def test_why_not(name, changed, says):
-    entry = IMPLEMENTATIONS[name]
-    assert entry.why_not(problem()) is None
-    assert re.search(says, entry.why_not(problem(**changed)))
+    why_not = IMPLEMENTATIONS[name].load().why_not
+    assert why_not(problem()) is None
+    assert re.search(says, why_not(problem(**changed)))
 
 
 @kernels
@@ -425,8 +426,8 @@ def test_refuses_second_derivatives(name):
 
 @kernels
 def test_is_not_taken_unasked(name):
-    entry = IMPLEMENTATIONS[name]
-    assert not any(entry.prefer(problem(), x) for x in ("cpu", "gpu", "tpu"))
+    for platform in ("cpu", "gpu", "tpu"):
+        assert preferred(IMPLEMENTATIONS, problem(), platform) != name
 
 
 @pytest.mark.parametrize("num_iters", [0, 1, 2, 7, 20, 63, 64, 65, 1000])

@@ -28,6 +28,7 @@ from support.kernel_steps import assert_close, exact, operands
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._core.options import Options
+from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention._mosaic_gpu import attend as _mosaic_gpu
 from sinkhorn_jax.attention._mosaic_gpu import blocks as gpu_blocks
@@ -221,8 +222,8 @@ def pull_back(problem, terms, x, y, dx, dy, other):
 @pytest.fixture
 def passes(monkeypatch):
     """`step` in float32 on the CPU: all but the kernels is the implementation's."""
-    why_not = IMPLEMENTATIONS["mosaic_gpu"].why_not
-    assert "float32" in why_not(problem(dtype=jnp.dtype("float32")))
+    module = IMPLEMENTATIONS["mosaic_gpu"].load()
+    assert "float32" in module.why_not(problem(dtype=jnp.dtype("float32")))
     use_blocks(monkeypatch, period=0)
     monkeypatch.setattr(gpu_forward, "log_row_sums", log_row_sums)
     monkeypatch.setattr(gpu_forward, "sweep", sweep)
@@ -230,9 +231,7 @@ def passes(monkeypatch):
     monkeypatch.setattr(gpu_backward, "sweep", sweep)
     monkeypatch.setattr(gpu_backward, "_seed", seed)
     monkeypatch.setattr(gpu_backward, "_pull_back", pull_back)
-    entry = IMPLEMENTATIONS["mosaic_gpu"]._replace(why_not=lambda problem: None)
-    table = {**IMPLEMENTATIONS, "mosaic_gpu": entry}
-    monkeypatch.setattr("sinkhorn_jax.attention._api.IMPLEMENTATIONS", table)
+    monkeypatch.setattr(module, "why_not", lambda problem: None)
     jax.clear_caches()
     with jax.default_matmul_precision("highest"):
         yield step
@@ -735,14 +734,14 @@ def test_heads_that_just_have_room_lower_for_cuda(t, s, head_dim, value_dim):
     ids=str,
 )
 def test_why_not(changed, says):
-    entry = IMPLEMENTATIONS["mosaic_gpu"]
-    assert entry.why_not(problem()) is None
-    assert re.search(says, entry.why_not(problem(**changed)))
+    why_not = IMPLEMENTATIONS["mosaic_gpu"].load().why_not
+    assert why_not(problem()) is None
+    assert re.search(says, why_not(problem(**changed)))
 
 
 def test_is_not_taken_unasked():
-    entry = IMPLEMENTATIONS["mosaic_gpu"]
-    assert not any(entry.prefer(problem(), x) for x in ("cpu", "gpu", "tpu"))
+    for platform in ("cpu", "gpu", "tpu"):
+        assert preferred(IMPLEMENTATIONS, problem(), platform) != "mosaic_gpu"
 
 
 @pytest.mark.parametrize("t", [1, 64, 197, 30_000])
