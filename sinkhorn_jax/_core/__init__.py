@@ -1,1 +1,1 @@
-"""One matrix of logits: the iteration, its adjoint, and the options that steer them."""
+"""One matrix of logits: the iteration, its adjoint, and their options."""

@@ -1,4 +1,4 @@
-"""Checks of static arguments."""
+"""Checks of arguments that must be Python numbers."""
 
 import operator
 
@@ -6,7 +6,7 @@ import jax
 
 
 def integer(name: str, value: int) -> int:
-    """A Python integer, which a bool is not here."""
+    """Returns `value` as a Python integer; a bool is refused."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -19,7 +19,7 @@ def integer(name: str, value: int) -> int:
 
 
 def number(name: str, value: float, hint: str = "Mark it static under jit.") -> float:
-    """A Python float."""
+    """Returns `value` as a Python float; the error ends with the hint."""
     try:
         return float(value)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):

@@ -1,9 +1,10 @@
 """One matrix of logits in the linear domain and in log space.
 
-Both classes offer the same operations, so the iteration and its reverse sweep are
-written once. `r` and `c` are the row and column scalings: factors of the kernel matrix
-in `Linear`, their logarithms in `Log`. A padded row or column has no allowed entry and
-its marginal must be zero; its scaling is 0 in both and its plan entries are zero.
+`Linear` and `Log` offer the same operations, so the iteration and its reverse sweep are
+written once. `r` and `c` are the scalings of rows and columns: factors of the kernel
+matrix in `Linear`, logarithms of factors in `Log`. A padded row or column has no
+allowed entry, and its marginal must be 0. Its scaling is stored as 0 in both domains,
+and its plan entries are 0, because E is 0 or the logits are -inf there.
 """
 
 from typing import NamedTuple
@@ -15,26 +16,12 @@ from jaxtyping import Array, Bool, Float
 from .precision import dot
 
 
-def _two_sided_shift(logits):
-    """Subtract the row maxima, then the column maxima of what remains.
-
-    A row shift alone lets a column underflow as a whole. After both, every row and
-    every column has a 0, so that no sum of the first iteration can vanish.
-    """
-    # Where all is -inf, for padding, the least number instead: a `where`, or any other
-    # use of the maxima, would make XLA write logits - m to memory for their sake.
-    lowest = jnp.finfo(logits.dtype).min
-    m = jnp.maximum(logits.max(axis=1), lowest)
-    n = jnp.maximum((logits - m[:, None]).max(axis=0), lowest)
-    return (logits - m[:, None]) - n[None, :], m, n
-
-
 class Correction(NamedTuple):
-    """What a solver's adjoint adds to the cotangent of the logits, as factors.
+    """The correction of docs/architecture.md (7), as factors.
 
-    The half step that ended in the scalings (r, c) contributes
-    `-plan(r, c) * row_weight` where it set the rows, `-plan(r, c) * col_weight` where
-    it set the columns. The weights' sums are the cotangents of the marginals.
+    A row step that ended in the scalings (r, c) takes `plan(r, c) * row_weight` off the
+    logits cotangent, a column step `plan(r, c) * col_weight`. The sums of the weights
+    over the steps are the cotangents of the marginals.
     """
 
     row_r: Float[Array, "K T"]
@@ -52,8 +39,8 @@ class Product(NamedTuple):
     right: Float[Array, "D S"]
 
 
-class Frame(NamedTuple):
-    """What `Linear` found out about logits before it took their exponential."""
+class Shift(NamedTuple):
+    """The padding and the shift of logits: all of `Linear` but the kernel matrix."""
 
     rows: Bool[Array, " T"]
     cols: Bool[Array, " S"]
@@ -72,25 +59,25 @@ class Linear(NamedTuple):
 
     @classmethod
     def of(cls, logits: Float[Array, "T S"]) -> "Linear":
-        """The kernel matrix of the logits, -inf where excluded."""
+        """Exponentiates the logits, which are -inf where an entry is excluded."""
         shifted, m, n = _two_sided_shift(logits)
         kernel = jnp.exp(shifted)
-        # Empty, not "not positive": a NaN has to be seen. Against c = exp(n) instead of
-        # ones the first sum is that of the first row step.
+        # A test for 0, not for a positive sum, so that a NaN is not taken for padding.
+        # With exp(n) instead of ones this is also the first sum of the first row step.
         rows = dot(kernel, jnp.exp(n)) != 0
         cols = dot(jnp.ones_like(m), kernel) != 0
         return cls(kernel, rows, cols, m, n)
 
     @classmethod
-    def again(cls, logits: Float[Array, "T S"], frame: "Frame") -> "Linear":
-        """The same as before from the same logits, in one pass over them."""
-        kernel = jnp.exp((logits - frame.m[:, None]) - frame.n[None, :])
-        return cls(kernel, *frame)
+    def shifted_by(cls, shift: Shift, logits: Float[Array, "T S"]) -> "Linear":
+        """`Linear.of` for logits whose shift is known: one pass over them."""
+        kernel = jnp.exp((logits - shift.m[:, None]) - shift.n[None, :])
+        return cls(kernel, *shift)
 
     @property
-    def frame(self) -> "Frame":
-        """All but the kernel matrix."""
-        return Frame(self.rows, self.cols, self.m, self.n)
+    def shift(self) -> Shift:
+        """Padding and shift."""
+        return Shift(self.rows, self.cols, self.m, self.n)
 
     def start(self) -> Float[Array, " S"]:
         """The column scaling that makes the first row step the softmax."""
@@ -105,7 +92,7 @@ class Linear(NamedTuple):
         return b / jnp.where(self.cols, dot(r, self.kernel), 1)
 
     def ratio(self, scaling, after):
-        """What a scaling is of the one after it; anything finite for padding."""
+        """The quotient of two successive scalings; finite for padding."""
         return scaling / jnp.where(after == 0, 1, after)
 
     def plan(self, r, c):
@@ -113,28 +100,29 @@ class Linear(NamedTuple):
         return self.kernel * (r[:, None] * c[None, :])
 
     def row_sums(self, r, c, a):
-        """Of the plan after a row step towards `a`: exact here."""
+        """Row sums of the plan after a row step towards `a`: exactly `a`."""
         del r, c
         return a
 
     def col_sums(self, r, c, b):
-        """Of the plan after a column step towards `b`: exact here."""
+        """Column sums of the plan after a column step towards `b`: exactly `b`."""
         del r, c
         return b
 
     def apply(self, r, c, x):
-        """Plan times a vector (S,) or matrix (S, D)."""
+        """The plan times a vector (S,) or matrix (S, D)."""
         return _col(r, x) * dot(self.kernel, _col(c, x) * x)
 
     def apply_left(self, x, r, c):
-        """A vector (T,) or matrix (D, T) times plan."""
-        # A transposed kernel times x would be the same, 20 times slower on a CPU.
+        """A vector (T,) or matrix (D, T) times the plan."""
+        # x is the left factor: a CPU is slower with the transposed kernel matrix.
         return dot(x * _row(r, x), self.kernel) * _row(c, x)
 
-    def pull_back(self, r, c, direct, correction: Correction):
-        """Cotangent of the logits: plan * direct, and the correction, at rank K + M.
+    def logits_cotangent(self, r, c, direct, correction: Correction):
+        """The cotangent plan * direct - correction, with the correction of rank K + M.
 
-        `direct` is a matrix, a scalar, or a `Product`: then one product makes both.
+        `direct` is a matrix, a scalar, or a `Product` of rank D. A `Product` and the
+        correction become one matrix product of rank K + M + D.
         """
         left = [-correction.row_weight * correction.row_r, -correction.col_r]
         right = [correction.row_c, correction.col_weight * correction.col_c]
@@ -164,7 +152,7 @@ class Log(NamedTuple):
 
     @classmethod
     def of(cls, logits: Float[Array, "T S"]) -> "Log":
-        """Log space on the shifted logits."""
+        """Shifts the logits, which are -inf where an entry is excluded."""
         shifted, m, n = _two_sided_shift(logits)
         allowed = logits != -jnp.inf
         return cls(shifted, allowed.any(axis=1), allowed.any(axis=0), m, n)
@@ -184,7 +172,7 @@ class Log(NamedTuple):
         return jnp.where(self.cols, log_b - _logsumexp(self.logits + r[:, None], 0), 0)
 
     def ratio(self, scaling, after):
-        """What a scaling is of the one after it."""
+        """The quotient of the factors of two successive scalings."""
         return jnp.exp(scaling - after)
 
     def plan(self, r, c):
@@ -192,31 +180,31 @@ class Log(NamedTuple):
         return jnp.exp(self.logits + r[:, None] + c[None, :])
 
     def row_sums(self, r, c, a):
-        """Of the plan after a row step towards `a`.
+        """Row sums of the plan after a row step towards `a`.
 
-        Off from it by as much as the scalings are rounded, always to the same side:
-        over many steps of a reverse sweep that adds up.
+        They differ from `a` by the rounding of the scalings, always to the same side,
+        which would add up over the steps of a reverse sweep.
         """
         del a
         return self.plan(r, c).sum(axis=1)
 
     def col_sums(self, r, c, b):
-        """Of the plan after a column step towards `b`; see `row_sums`."""
+        """Column sums of the plan after a column step towards `b`; see `row_sums`."""
         del b
         return self.plan(r, c).sum(axis=0)
 
     def apply(self, r, c, x):
-        """Plan times a vector (S,) or matrix (S, D)."""
+        """The plan times a vector (S,) or matrix (S, D)."""
         return dot(self.plan(r, c), x)
 
     def apply_left(self, x, r, c):
-        """A vector (T,) or matrix (D, T) times plan."""
+        """A vector (T,) or matrix (D, T) times the plan."""
         return dot(x, self.plan(r, c))
 
-    def pull_back(self, r, c, direct, correction: Correction):
-        """Cotangent of the logits: plan * direct, and the correction, step by step.
+    def logits_cotangent(self, r, c, direct, correction: Correction):
+        """Plan * direct less the correction, step by step.
 
-        The scalings of the steps differ too much to share one kernel matrix here.
+        The scalings of the steps differ too much for one kernel matrix here.
         """
         if isinstance(direct, Product):
             direct = dot(direct.left_t.T, direct.right)
@@ -241,6 +229,20 @@ class Log(NamedTuple):
 
 
 Domain = Linear | Log
+
+
+def _two_sided_shift(logits):
+    """Logits less their row maxima m, then less the column maxima n of what remains.
+
+    After a shift of the rows alone a whole column could underflow. After both, every
+    row and every column has a 0, so no sum of the first iteration vanishes.
+    """
+    # The least number where a maximum is -inf, for padding. With a `where`, XLA would
+    # write logits - m to memory.
+    lowest = jnp.finfo(logits.dtype).min
+    m = jnp.maximum(logits.max(axis=1), lowest)
+    n = jnp.maximum((logits - m[:, None]).max(axis=0), lowest)
+    return (logits - m[:, None]) - n[None, :], m, n
 
 
 def _col(scaling, x):

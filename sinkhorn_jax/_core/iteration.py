@@ -4,19 +4,18 @@ Entry k of a history is the state after k full iterations: `r[k]` and `c[k]`, wh
 `r[k]` is the row step on `c[k]`. With finish="columns" the result is (r[k - 1], c[k]).
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .domain import Domain, Linear
-
-Finish = Literal["rows", "columns"]
+from .options import Finish, Options
 
 
 class ScalingHistory(NamedTuple):
-    """Scalings after 0, 1, ..., `num_iters` full iterations; zeros beyond."""
+    """Scalings after 0, 1, ..., `num_iters` full iterations; then the last repeated."""
 
     r: Float[Array, "K T"]
     c: Float[Array, "K S"]
@@ -46,30 +45,31 @@ class ScalingHistory(NamedTuple):
         return ScalingHistory(r, c, jnp.minimum(self.stopped, num_iters))
 
 
-def iterate(domain: Domain, start, a, b, num_iters: int) -> ScalingHistory:
-    """A fixed number of full iterations from the softmax."""
+def iterate(domain: Domain, a, b, options: Options) -> ScalingHistory:
+    """Iterates from the softmax, as often as the options say."""
+    start = domain.start()
     first = domain.row_step(start, a)
+    if options.tolerance is not None:
+        return _iterate_until(domain, start, first, a, b, options)
 
     def full_iteration(r, _):
         c = domain.col_step(r, b)
         r = domain.row_step(c, a)
         return r, (r, c)
 
-    _, (r, c) = jax.lax.scan(full_iteration, first, None, length=num_iters)
+    _, (r, c) = jax.lax.scan(full_iteration, first, None, length=options.num_iters)
     return ScalingHistory(
         jnp.concatenate([first[None], r]), jnp.concatenate([start[None], c])
     )
 
 
-def iterate_until(
-    domain: Domain, start, a, b, limit: int, tolerance: float, finish: Finish
-) -> ScalingHistory:
-    """At most `limit` full iterations, until the marginal error is within tolerance."""
-    first = domain.row_step(start, a)
+def _iterate_until(domain, start, first, a, b, options):
+    """The history of iterations until the tolerance is met, at most `num_iters`."""
+    limit, finish = options.num_iters, options.finish
     r = jnp.zeros((limit + 1, *first.shape), first.dtype).at[0].set(first)
     c = jnp.zeros((limit + 1, *start.shape), start.dtype).at[0].set(start)
-    # The column step that comes next also tells the column sums of the state before
-    # it, so each test is free. Rows are exact until a result ends on columns.
+    # The next column step also tells the column sums of the state before it, so testing
+    # them costs nothing. Rows are exact until a result ends on columns.
     following = domain.col_step(first, b)
     error = relative_defect(domain, start, following, a, b)
     if finish == "columns":
@@ -77,7 +77,7 @@ def iterate_until(
 
     def unfinished(state):
         k, error, *_ = state
-        return (k < limit) & (error > tolerance)
+        return (k < limit) & (error > options.tolerance)
 
     def full_iteration(state):
         k, _, r, c, following = state
@@ -93,6 +93,10 @@ def iterate_until(
     k, _, r, c, _ = jax.lax.while_loop(
         unfinished, full_iteration, (jnp.int32(0), error, r, c, following)
     )
+    # In log space the plan of the last r and of zeros as the next c could overflow, and
+    # an infinity times a weight of 0 is NaN. The last state repeated has a finite plan.
+    ran = jnp.arange(limit + 1, dtype=jnp.int32)[:, None] <= k
+    r, c = jnp.where(ran, r, r[k][None]), jnp.where(ran, c, c[k][None])
     return ScalingHistory(r, c, k)
 
 
@@ -106,8 +110,10 @@ def marginal_error(domain: Domain, history: ScalingHistory, a, b, finish: Finish
 
 
 def relative_defect(domain: Domain, scaling, after, a, target):
-    """What the sums against `target` lack, from the step that would mend them."""
-    # A step multiplies a scaling by target / sum, so sum = target * scaling / after.
+    """Total absolute defect of the sums, from the step that would make them `target`.
+
+    The step multiplies a scaling by target / sum, so sum = target * scaling / after.
+    """
     total = a.sum()
     defect = target * jnp.abs(domain.ratio(scaling, after) - 1)
     return defect.sum() / jnp.where(total == 0, 1, total)
@@ -116,16 +122,15 @@ def relative_defect(domain: Domain, scaling, after, a, target):
 def is_representable(
     domain: Linear, history: ScalingHistory, a: Array, b: Array
 ) -> Bool[Array, ""]:
-    """Whether the linear domain lost nothing: else its plan is silently wrong.
+    """Whether the linear domain lost nothing; where it did, its plan is silently wrong.
 
     A kernel entry below `tiny` is lost, and with it up to r_i c_j tiny of the mass
-    a_i and b_j. So is a product r_i E_ij below `tiny`, of a sum that is b_j / c_j.
+    a_i and b_j. A product r_i E_ij below `tiny` is lost too, from a sum of b_j / c_j.
     Neither may matter in the dtype's precision, at any step.
     """
     r, c = history.r, history.c
     tiny, eps = jnp.finfo(r.dtype).tiny, jnp.finfo(r.dtype).eps
     a, b = jnp.where(a == 0, 1, a), jnp.where(b == 0, 1, b)
-    ran = jnp.arange(r.shape[0], dtype=jnp.int32) <= history.num_iters
     positive = jnp.where(domain.rows[None, :], r, 1).min(axis=1) >= tiny
     # c[0] may underflow: it only weighs the entries of the softmax, which then do too.
     positive &= (jnp.where(domain.cols[None, :], c, 1).min(axis=1) >= tiny) | (
@@ -143,4 +148,4 @@ def is_representable(
     between = harmless(r_relative[:-1], c_top[1:]) & harmless(
         r_top[:-1], c_relative[1:]
     )
-    return (ok | ~ran).all() & (between | ~ran[1:]).all()
+    return ok.all() & between.all()

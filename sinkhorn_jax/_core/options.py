@@ -1,17 +1,18 @@
-"""The options that the matrix functions and attention share, checked once."""
+"""The options of the matrix functions and of attention, checked once."""
 
 import dataclasses
 import math
-from typing import get_args
+from typing import Literal, get_args
 
 from .checks import integer, number
 from .gradient import Exact, Gradient
-from .iteration import Finish
+
+Finish = Literal["rows", "columns"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """How far to iterate and how to differentiate it. Static: Python values only."""
+    """How far to iterate and how to differentiate the result: Python values only."""
 
     num_iters: int
     finish: Finish = "rows"

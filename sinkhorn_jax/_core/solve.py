@@ -1,4 +1,4 @@
-"""Solve one matrix in the linear domain, or in log space where that would be wrong.
+"""Solving one matrix in the linear domain, or in log space where that would be wrong.
 
 The backward pass stays in the domain that the forward pass decided on.
 """
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._runtime.vmap import with_fallback
-from .domain import Domain, Frame, Linear, Log
+from .domain import Domain, Linear, Log, Shift
 from .gradient import kept_iterations
-from .iteration import ScalingHistory, is_representable, iterate, iterate_until
+from .iteration import ScalingHistory, is_representable, iterate
 from .options import Options
 
-# Computes the logits. A call in either branch, instead of one result for both, lets the
-# linear branch overwrite them with the kernel matrix.
+# Computes the logits. Each domain calls it, instead of both reading one result, so that
+# the linear domain can overwrite the logits with the kernel matrix.
 Logits = Callable[[], Float[Array, "T S"]]
 Marginals = Callable[[Domain], tuple[Float[Array, " T"], Float[Array, " S"]]]
 
@@ -27,7 +27,7 @@ class Solution(NamedTuple):
 
     history: ScalingHistory
     is_linear: Bool[Array, ""]  # The domain of the history; False for log space.
-    frame: Frame
+    shift: Shift
 
 
 def solve(
@@ -36,23 +36,11 @@ def solve(
     output: Callable[[Domain, ScalingHistory, Array, Array], Any],
     options: Options,
 ) -> tuple[Any, Solution]:
-    """Iterate, and return what `output` makes of domain, history and marginals."""
+    """Iterates, and returns `output(domain, history, a, b)` with the solution."""
 
     def in_domain(domain):
         a, b = marginals(domain)
-        start = domain.start()
-        if options.tolerance is None:
-            history = iterate(domain, start, a, b, options.num_iters)
-        else:
-            history = iterate_until(
-                domain,
-                start,
-                a,
-                b,
-                options.num_iters,
-                options.tolerance,
-                options.finish,
-            )
+        history = iterate(domain, a, b, options)
         return output(domain, history, a, b), history
 
     linear = Linear.of(logits())
@@ -60,22 +48,26 @@ def solve(
     is_linear = is_representable(linear, result[1], *marginals(linear))
     out, history = with_fallback(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
-    return out, Solution(kept, is_linear, linear.frame)
+    return out, Solution(kept, is_linear, linear.shift)
 
 
-def pull_back(
+def solve_backward(
     logits: Logits, solution: Solution, cotangents: Callable[[Domain], Any]
 ) -> Any:
-    """Return `cotangents` of the domain that the solution is in."""
+    """Returns `cotangents(domain)` for the domain of the solution."""
     return with_fallback(
-        cotangents(Linear.again(logits(), solution.frame)),
+        cotangents(Linear.shifted_by(solution.shift, logits())),
         solution.is_linear,
         lambda: cotangents(Log.of(logits())),
     )
 
 
 def to_unit(cotangent: Any) -> tuple[Any, Float[Array, ""]]:
-    """A pytree over its largest magnitude, and that; a zero or non-finite one as is."""
+    """A pytree over its largest magnitude, and that magnitude.
+
+    The backward pass is linear in the cotangent, and a large one could take factors out
+    of range. A zero or non-finite one is returned as it is, with magnitude 1.
+    """
     size = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(cotangent)]).max()
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     size = jax.lax.stop_gradient(size)

@@ -1,1 +1,1 @@
-"""Many matrices at once: choosing an implementation, batching, and sharding."""
+"""Many matrices: choosing an implementation, batching under `vmap`, and sharding."""

@@ -1,4 +1,4 @@
-"""How many matrices to compute at once, and the loop over the rest."""
+"""How many matrices are computed at once, and the loops over all of them."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -8,16 +8,16 @@ from jaxtyping import Array, Int, Shaped
 
 from .shard_map import varying_like
 
-# On a CPU a matrix that stays in cache while it is iterated on is several times faster
-# than one read from memory, so few go at once; tiny ones are bound by the overhead of
-# the loop instead and all go together. An accelerator takes as many as fit.
+# On a CPU only few matrices are in flight, so that they stay in the cache during the
+# iteration. Tiny matrices are bound by the overhead of the loop, so all of them are in
+# flight. On an accelerator as many are in flight as fit.
 CPU_BYTES_IN_FLIGHT: Final = 2**20
 ACCELERATOR_BYTES_IN_FLIGHT: Final = 2**32
 TINY_MATRIX_ENTRIES: Final = 32 * 32
 
 
 def matrices_in_flight(batch: int, t: int, s: int, itemsize: int) -> int:
-    """How many (t, s) matrices to work on at once: a divisor of `batch`."""
+    """The number of (t, s) matrices in flight: a divisor of `batch`."""
     if batch <= 1:
         return 1
     if jax.default_backend() == "cpu":
@@ -31,7 +31,7 @@ def matrices_in_flight(batch: int, t: int, s: int, itemsize: int) -> int:
 
 
 def map_matrices(fn: Callable[..., Any], xs: Any, in_flight: int) -> Any:
-    """`jax.vmap(fn)(xs)`, `in_flight` at a time; a divisor of the leading axis."""
+    """`jax.vmap(fn)(xs)` for `in_flight` matrices at a time, a divisor of them all."""
     batch = jax.tree.leaves(xs)[0].shape[0]
     if in_flight == 1 and batch > 1:
         return jax.lax.map(fn, xs)
@@ -47,9 +47,11 @@ def map_and_add(
     slots: Int[Array, " batch"],
     in_flight: int,
 ) -> tuple[Any, Shaped[Array, "slots ..."]]:
-    """`map_matrices` of the first result of `fn`, the second added to its slot."""
-    batch = slots.shape[0]
+    """`map_matrices` where `fn` returns a pair, whose second part is added up.
 
+    Returns the first parts, and `total` with each second part added at its slot.
+    """
+    batch = slots.shape[0]
     total = varying_like(total, xs)
 
     def add(total, inputs):

@@ -1,4 +1,4 @@
-"""What `jax.shard_map` asks of loops and kernels: arrays that vary over its axes."""
+"""Arrays that vary over the axes of `jax.shard_map`, as its loops and kernels need."""
 
 import functools
 from typing import Any
@@ -10,14 +10,14 @@ from jaxtyping import Array
 
 
 def varying_like(xs: Any, others: Any) -> Any:
-    """`xs`, varying over each axis of a `jax.shard_map` that one of `others` does.
+    """Returns `xs`, made to vary over the `jax.shard_map` axes that `others` vary over.
 
-    The carry of a loop has to vary from the start like what is added to it, and an
-    operand like its cotangent. Elsewhere nothing happens.
+    The carry of a loop must vary from the start like what is added to it, and an
+    operand like its cotangent. Outside a `jax.shard_map`, `xs` is returned as it is.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return xs
-    # A result varies like its operands, and XLA drops a choice between equals.
+    # A result varies like its operands; XLA removes a choice between equal arrays.
     firsts = [jnp.ravel(x)[0] for x in jax.tree.leaves(others)]
     flag = functools.reduce(jnp.logical_or, [x != x for x in firsts])
     return jax.tree.map(lambda x: jnp.where(flag, x, x), xs)
@@ -26,7 +26,7 @@ def varying_like(xs: Any, others: Any) -> Any:
 def kernel_result(
     operand: Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
-    """Of a kernel, varying over the axes of a `jax.shard_map` as an operand does."""
+    """The type of a kernel's result, which varies over the axes of the operand."""
 
     def make(x):
         return jnp.broadcast_to(jnp.ravel(x)[0].astype(dtype), shape)

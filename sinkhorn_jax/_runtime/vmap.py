@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool
 
 
 def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
-    """`fn(*arrays)`, where an axis of `vmap` is more of the leading axis.
+    """Returns `fn(*arrays)`; under `vmap`, the mapped axis joins the leading axis.
 
-    Each array and result has a leading axis, of matrices or of what they share, such as
-    the elements of a batch that has several heads each. For Pallas kernels, which would
-    get the axis of `vmap` in front of their grid instead.
+    Each array and each result has a leading axis: over matrices, or over the batch
+    elements, each of which may have several heads. Without this, `vmap` would put its
+    axis in front of the grid of a Pallas kernel.
 
     Raises:
-        NotImplementedError: It is differentiated, which Pallas cannot: what calls it
-            has its own derivative, and that is being differentiated again.
+        NotImplementedError: It is differentiated. The callers define their own
+            derivative with kernels, so this is an attempt at a second derivative.
     """
 
     @jax.custom_jvp
@@ -50,8 +50,7 @@ def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
         def unfold(x):
             return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
 
-        # None among the arrays is no leaf.
-        in_batched = tuple(in_batched)
+        in_batched = tuple(in_batched)  # A list is another tree than `arrays`.
         if axis_size == 0:  # No kernel has an empty grid.
             out = jax.eval_shape(fn, *jax.tree.map(one, arrays, in_batched))
             out = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), out)
@@ -65,10 +64,10 @@ def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
 
 @custom_vmap
 def any_in_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether the flag is set for any matrix, over every axis that `vmap` hides.
+    """Whether the flag is set for any matrix, including all that `vmap` maps over.
 
-    A `lax.cond` on it stays a branch under `vmap`, where a batched predicate would
-    become a select that always pays for both sides.
+    A `lax.cond` on the result stays a branch under `vmap`. A batched predicate would
+    become a select, which always computes both sides.
     """
     return flag
 
@@ -82,9 +81,9 @@ def _any_in_batch_vmap(axis_size, in_batched, flag):
 def with_fallback(
     result: Any, is_right: Bool[Array, ""], instead: Callable[[], Any]
 ) -> Any:
-    """`result`, and what `instead` computes where that is not right."""
+    """Returns `result`, replaced by `instead()` where it is not right."""
 
-    def mend():
+    def fallback():
         return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
 
-    return jax.lax.cond(any_in_batch(~is_right), mend, lambda: result)
+    return jax.lax.cond(any_in_batch(~is_right), fallback, lambda: result)

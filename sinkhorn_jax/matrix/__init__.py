@@ -1,4 +1,4 @@
-"""Sinkhorn on matrices of logits."""
+"""Sinkhorn on matrices of logits: plans and potentials."""
 
 from ._api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from ._api import sinkhorn as sinkhorn

@@ -1,4 +1,4 @@
-"""What an implementation of the matrix functions is given and what it returns."""
+"""The input and the result of the implementations of the matrix functions."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,24 +11,32 @@ from .._core.options import Options
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Everything static about a call: shapes, dtype and options, never values."""
+    """Everything static about a call: shapes, dtype and options."""
 
-    batch: int  # Matrices: the leading axes, flattened.
+    batch: int  # The number of matrices: the leading axes, flattened.
     t: int
     s: int
-    dtype: jnp.dtype  # Of the logits as they were given; computation is in float32+.
+    dtype: jnp.dtype  # Of the result; computation is in float32 at least.
     options: Options
 
 
+class Matrices(NamedTuple):
+    """The operands: a batch of M matrices of logits with their marginals."""
+
+    logits: Float[Array, "M T S"]  # In the dtype of computation; -inf where excluded.
+    a: Float[Array, "M T"]  # Row marginals, 0 for padding.
+    b: Float[Array, "M S"]  # Column marginals, likewise.
+
+
 class Potentials(NamedTuple):
-    """The plan is `exp(logits + f[..., :, None] + g[..., None, :])`.
+    """Potentials of the plan `exp(logits + f[..., :, None] + g[..., None, :])`.
 
     Attributes:
         f: Row potentials (..., T), in float32 at least; 0 for padding.
         g: Column potentials (..., S), likewise.
-        marginal_error: Σ_j |Σ_i P_ij - b_j| / Σ_i a_i (...), of the rows against `a`
-            with finish="columns". Between 0 and 2; not differentiated.
-        num_iters: Full iterations behind the potentials (...), int32.
+        marginal_error: Σ_j |Σ_i P_ij - b_j| / Σ_i a_i (...); with finish="columns"
+            Σ_i |Σ_j P_ij - a_i| / Σ_i a_i. Between 0 and 2; not differentiated.
+        num_iters: Full iterations that ran (...), int32.
     """
 
     f: Float[Array, "*batch T"]

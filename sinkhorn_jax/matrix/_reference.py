@@ -1,6 +1,6 @@
 """Sinkhorn as a `lax.scan` of log-space half steps, differentiated by JAX itself.
 
-The readable definition. Any transform works on it: forward mode, Hessians, `vmap`.
+This is the readable definition. Forward mode, Hessians and all other transforms work.
 """
 
 import functools
@@ -9,43 +9,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._core.adjoint import solve_marginals
 from .._core.domain import Log
-from .._core.gradient import Implicit, kept_iterations, solve_marginals
-from .._core.iteration import iterate_until, relative_defect
-from ._problem import Potentials, Problem
+from .._core.gradient import Implicit, kept_iterations
+from .._core.iteration import iterate, relative_defect
+from ._problem import Matrices, Potentials, Problem
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plan(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Float[Array, "M T S"]:
+def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
     """The plan of every matrix of a batch."""
-    f, g, *_ = potentials(problem, logits, a, b)
-    return jnp.exp(logits + f[:, :, None] + g[:, None, :])
+    f, g, *_ = potentials(problem, matrices)
+    return jnp.exp(matrices.logits + f[:, :, None] + g[:, None, :])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def potentials(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Potentials:
+def potentials(problem: Problem, matrices: Matrices) -> Potentials:
     """The potentials of every matrix of a batch."""
-    return jax.vmap(functools.partial(_potentials, problem.options))(logits, a, b)
+    return jax.vmap(functools.partial(_potentials, problem.options))(*matrices)
 
 
 def why_not(problem: Problem) -> str | None:
-    """It takes every problem."""
+    """None: it takes every problem."""
     del problem
     return None
 
 
 def prefer(problem: Problem) -> bool:
-    """Whatever nothing before it takes."""
+    """True: it is the last of the table."""
     del problem
     return True
 
@@ -53,7 +44,7 @@ def prefer(problem: Problem) -> bool:
 def _potentials(options, logits, a, b):
     domain = _domain(logits, a, b)
     num_iters = _num_iters(options, logits, a, b)
-    # What is older than the last `depth` iterations is a constant.
+    # Iterations before the last `depth` are not differentiated.
     depth = kept_iterations(options.gradient, options.num_iters)
     truncates = depth < options.num_iters
 
@@ -64,7 +55,8 @@ def _potentials(options, logits, a, b):
         f = domain.row_step(g, a)
         g = domain.col_step(f, b)
         if options.tolerance is not None:
-            # A while_loop would have no reverse mode; finished matrices stand still.
+            # A matrix within the tolerance keeps its potentials in the remaining
+            # steps: a `while_loop`, which could stop, has no reverse mode.
             f, g = jax.tree.map(
                 lambda new, old: jnp.where(i < num_iters, new, old), (f, g), potentials
             )
@@ -87,7 +79,7 @@ def _potentials(options, logits, a, b):
 
 
 def _domain(logits, a, b):
-    # Not shifted: the definition, to the letter.
+    # Without a shift: this is the definition.
     return Log(logits, a > 0, b > 0, jnp.zeros_like(a), jnp.zeros_like(b))
 
 
@@ -95,15 +87,7 @@ def _num_iters(options, logits, a, b):
     if options.tolerance is None:
         return options.num_iters
     logits, a, b = jax.lax.stop_gradient((logits, a, b))
-    return iterate_until(
-        _domain(logits, a, b),
-        jnp.zeros_like(b),
-        a,
-        b,
-        options.num_iters,
-        options.tolerance,
-        options.finish,
-    ).num_iters
+    return iterate(_domain(logits, a, b), a, b, options).num_iters
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -118,7 +102,7 @@ def _at_the_fixed_point_jvp(gradient, primals, tangents):
     # P * (dZ + df + dg) summed over columns and over rows, are da and db.
     logits, a, b, *_ = primals
     dlogits, da, db, *_ = tangents
-    # Not the f and g of the primals, which are constants: this has a derivative too.
+    # The f and g of the primals are constants; these have a derivative themselves.
     f, g = _at_the_fixed_point(gradient, *primals)
     domain = _domain(logits, a, b)
     moved = domain.plan(f, g) * dlogits

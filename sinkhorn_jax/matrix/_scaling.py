@@ -1,8 +1,8 @@
 """Sinkhorn in the linear domain: one exp per entry, then matrix-vector products.
 
-The gradient is one reverse sweep of matrix-vector products and a correction of low
-rank, where autodiff of a scan would keep a (T, S) array per iteration. A matrix that
-the linear domain cannot represent takes log space, forward and backward.
+The gradient is one reverse sweep and a correction of low rank; autodiff of a scan would
+keep a (T, S) array per iteration. A matrix that the linear domain cannot represent is
+computed in log space, forward and backward.
 """
 
 import functools
@@ -11,158 +11,97 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core.gradient import adjoint
+from .._core.adjoint import adjoint
 from .._core.iteration import marginal_error
-from .._core.solve import pull_back, solve, to_unit
+from .._core.solve import solve, solve_backward, to_unit
 from .._runtime.scheduling import map_matrices, matrices_in_flight
-from ._problem import Potentials, Problem
+from ._problem import Matrices, Potentials, Problem
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plan(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Float[Array, "M T S"]:
+def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
     """The plan of every matrix of a batch."""
-    return _plan(problem, logits, a, b)
+    return _solve(problem, True, matrices)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def potentials(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Potentials:
+def potentials(problem: Problem, matrices: Matrices) -> Potentials:
     """The potentials of every matrix of a batch."""
-    return _potentials(problem, logits, a, b)
+    return _solve(problem, False, matrices)
 
 
 def why_not(problem: Problem) -> str | None:
-    """It takes every problem."""
+    """None: it takes every problem."""
     del problem
     return None
 
 
 def prefer(problem: Problem) -> bool:
-    """It is the faster one for every shape that was measured."""
+    """True: the kernels before it in the table run only when they are named."""
     del problem
     return True
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plan(problem, logits, a, b):
-    return _plan_fwd(problem, logits, a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _solve(problem, has_plan, matrices):
+    return _solve_fwd(problem, has_plan, matrices)[0]
 
 
-def _plan_fwd(problem, logits, a, b):
+def _solve_fwd(problem, has_plan, matrices):
+    finish = problem.options.finish
+
     def output(domain, history, a, b):
-        del a, b
-        return domain.plan(*history.end(problem.options.finish))
-
-    return _forward(problem, output, logits, a, b)
-
-
-def _plan_bwd(problem, residuals, dplan):
-    def cotangents(domain, history, a, b, dplan):
-        r, c = history.end(problem.options.finish)
-        # d plan_ij = plan_ij (d logits_ij + d f_i + d g_j)
-        moved = domain.plan(r, c) * dplan
-        df, dg = moved.sum(axis=1), moved.sum(axis=0)
-        correction = adjoint(
-            problem.options.gradient,
-            domain,
-            history,
-            df,
-            dg,
-            a,
-            b,
-            problem.options.finish,
-        )
-        return domain.pull_back(r, c, dplan, correction), correction
-
-    return _backward(problem, cotangents, residuals, dplan)
-
-
-_plan.defvjp(_plan_fwd, _plan_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _potentials(problem, logits, a, b):
-    return _potentials_fwd(problem, logits, a, b)[0]
-
-
-def _potentials_fwd(problem, logits, a, b):
-    def output(domain, history, a, b):
-        f, g = domain.potentials(*history.end(problem.options.finish))
-        error = marginal_error(domain, history, a, b, problem.options.finish)
+        scalings = history.end(finish)
+        if has_plan:
+            return domain.plan(*scalings)
+        f, g = domain.potentials(*scalings)
+        error = marginal_error(domain, history, a, b, finish)
         return Potentials(f, g, error, jnp.int32(history.num_iters))
 
-    return _forward(problem, output, logits, a, b)
-
-
-def _potentials_bwd(problem, residuals, cotangent):
-    def cotangents(domain, history, a, b, dpotentials):
-        df, dg = dpotentials
-        r, c = history.end(problem.options.finish)
-        correction = adjoint(
-            problem.options.gradient,
-            domain,
-            history,
-            df,
-            dg,
-            a,
-            b,
-            problem.options.finish,
-        )
-        direct = jnp.zeros((), r.dtype)  # Potentials see the logits only through sums.
-        return domain.pull_back(r, c, direct, correction), correction
-
-    # The other two fields are not differentiated.
-    return _backward(problem, cotangents, residuals, (cotangent.f, cotangent.g))
-
-
-_potentials.defvjp(_potentials_fwd, _potentials_bwd)
-
-
-def _forward(problem, output, logits, a, b):
     def one(matrix):
         logits, a, b = matrix
-        return solve(
-            lambda: logits,
-            lambda _: (a, b),
-            output,
-            problem.options,
-        )
+        return solve(lambda: logits, lambda _: (a, b), output, problem.options)
 
-    out, solution = map_matrices(one, (logits, a, b), _in_flight(problem, logits))
-    return out, (logits, a, b, solution)
+    out, solution = map_matrices(one, matrices, _in_flight(problem, matrices))
+    return out, (matrices, solution)
 
 
-def _backward(problem, cotangents, residuals, cotangent):
+def _solve_bwd(problem, has_plan, residuals, cotangent):
+    if not has_plan:  # The other two fields are not differentiated.
+        cotangent = cotangent.f, cotangent.g
+
     def one(matrix):
-        (logits, a, b, solution), cotangent = matrix
-        # The pull-back is linear; a large cotangent must not take factors out of range.
+        ((logits, a, b), solution), cotangent = matrix
         unit, size = to_unit(cotangent)
 
         def in_domain(domain):
-            dlogits, correction = cotangents(domain, solution.history, a, b, unit)
-            # f = log a - ..., so each row step adds its weight to d a; so for columns.
-            da, db = (
-                correction.row_weight.sum(axis=0),
-                correction.col_weight.sum(axis=0),
+            r, c = solution.history.end(problem.options.finish)
+            if has_plan:
+                # d plan_ij = plan_ij (d logits_ij + d f_i + d g_j)
+                direct = unit
+                moved = domain.plan(r, c) * unit
+                df, dg = moved.sum(axis=1), moved.sum(axis=0)
+            else:
+                # Potentials depend on the logits through the half steps alone.
+                direct = jnp.zeros((), r.dtype)
+                df, dg = unit
+            correction = adjoint(
+                problem.options, domain, solution.history, df, dg, a, b
             )
-            return dlogits * size, da * size, db * size
+            dlogits = domain.logits_cotangent(r, c, direct, correction)
+            da = correction.row_weight.sum(axis=0)
+            db = correction.col_weight.sum(axis=0)
+            return Matrices(dlogits * size, da * size, db * size)
 
-        return pull_back(lambda: logits, solution, in_domain)
+        return solve_backward(lambda: logits, solution, in_domain)
 
-    logits = residuals[0]
-    return map_matrices(one, (residuals, cotangent), _in_flight(problem, logits))
+    in_flight = _in_flight(problem, residuals[0])
+    return (map_matrices(one, (residuals, cotangent), in_flight),)
 
 
-def _in_flight(problem, logits):
-    return matrices_in_flight(
-        problem.batch, problem.t, problem.s, logits.dtype.itemsize
-    )
+_solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def _in_flight(problem, matrices):
+    itemsize = matrices.logits.dtype.itemsize
+    return matrices_in_flight(problem.batch, problem.t, problem.s, itemsize)

@@ -1,1 +1,1 @@
-"""Pallas kernels for many matrices of at most 16 rows and columns."""
+"""Pallas kernels for many matrices of at most 16 rows and columns each."""

@@ -1,71 +1,46 @@
 """Sinkhorn on many small matrices as Pallas kernels for TPUs.
 
-One kernel forward and one backward. A register holds the same entry of 1024 matrices,
-so that no operation crosses lanes and none is left idle; all iterations run inside the
-kernel, in log space. The backward kernel runs the iteration again, keeps the column
-potentials in VMEM, and sweeps back over them: nothing but the operands is stored.
+There is one kernel forward and one backward. A register contains the same entry of 1024
+matrices, so no operation crosses lanes and no lane is idle. All iterations run inside
+the kernel, in log space. The backward kernel repeats the iteration, keeps the column
+potentials in VMEM, and sweeps back over them; only the operands are stored in between.
 
-Matrices are transposed on the way in and out, the batch to the last axes, and padded to
-a whole number of registers.
+The batch is moved to the last axes on the way in, padded to a whole number of
+registers, and moved back on the way out.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
 
 from ..._runtime.shard_map import kernel_result
-from .._problem import Potentials, Problem
-from . import vjp as _small
+from .._problem import Problem
+from . import kernel_bodies, vjp
+from .kernel_bodies import Memory, Ref, SegmentedHistory
 from .tile import loop
-from .vjp import History, Kernels, Memory, Ref
 
-# A register of float32.
+# The shape of a register of float32.
 SUBLANES: Final = 8
 LANES: Final = 128
 
-# Of logits in a block, where one register an entry is less: larger blocks hide more of
-# the time that a program takes to start and to fetch its operands.
+# Bytes of the logits of a block, which has a register per entry at least. Larger blocks
+# hide more of the time in which a program starts and fetches its operands.
 BLOCK_BYTES: Final = 2**19
-# Of column potentials in the backward kernel. Where all of them take more, it keeps
-# some and makes those between them again.
+# Bytes of the column potentials in the backward kernel. If all of them take more, it
+# keeps some and computes those in between again.
 HISTORY_BYTES: Final = 2**22
-# What the compiler spills, in arrays of one register an entry: they are more than the
-# 64 registers from 8 x 8 matrices on.
+# Estimate of what the compiler spills, in arrays of one register per entry: from 8 x 8
+# matrices on, one such array fills the 64 registers.
 SPILLS: Final = 12
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def plan(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Float[Array, "M T S"]:
-    """The plan of every matrix of a batch."""
-    return _small.plan(KERNELS, problem, logits, a, b)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def potentials(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> Potentials:
-    """The potentials of every matrix of a batch."""
-    return _small.potentials(KERNELS, problem, logits, a, b)
-
-
 def why_not(problem: Problem) -> str | None:
-    """It takes what the kernels for small matrices take."""
-    return _small.why_not(problem, "TPU")
+    """The first limit of the kernels that the problem exceeds, or None."""
+    return vjp.why_not(problem, "TPU")
 
 
 def _read(ref, index, at):
@@ -76,27 +51,21 @@ def _write(ref, index, at, cols):
     ref[(*index, slice(None), *at)] = cols
 
 
-# 64 registers, which other things fill.
+# The 64 registers are full without the logits cotangent.
 _MEMORY = Memory(_read, _write, keeps_dlogits=False)
 
 
 def _forward_kernel(*refs: Ref, problem: Problem, num_tiles: int):
-    # R is SUBLANES times the registers an entry in a block: logits [T, S, R, LANES], a
-    # [T, R, LANES], b [S, R, LANES]. Results: the plan, like logits; or f, like a, g,
+    # R is SUBLANES times the tiles of a block. Operands: logits [T, S, R, LANES],
+    # a [T, R, LANES], b [S, R, LANES]. Results: the plan, like logits; or f, like a, g,
     # like b, and error [R, LANES].
     def solve(at):
-        _small.solve_tile(_MEMORY, problem, refs[:3], refs[3:], at)
+        kernel_bodies.forward_tile(_MEMORY, problem, refs[:3], refs[3:], at)
 
     _for_every_tile(num_tiles, refs[0], solve)
 
 
-def _forward(
-    problem: Problem,
-    has_plan: bool,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-) -> tuple[Array, ...]:
+def _forward(problem, has_plan, logits, a, b):
     _, t, s = logits.shape
     return _call(
         functools.partial(_forward_kernel, problem=problem),
@@ -108,29 +77,22 @@ def _forward(
 
 
 def _backward_kernel(*refs: Ref, problem: Problem, num_scratch: int, num_tiles: int):
-    # Operands like the forward kernel's, then the cotangent of the plan, or those of f
-    # and g; results dlogits, da and db, like logits, a and b. Scratch: `steps_ref` and
-    # for more than one segment `starts_ref` of a `History`, whose lanes are [SUBLANES,
-    # LANES].
+    # Operands: those of the forward kernel, then the cotangent of the plan, or those of
+    # f and g. Results: dlogits, da and db, like logits, a and b. Scratch: `steps_ref`
+    # [K, S, SUBLANES, LANES], and for more than one segment `starts_ref` like it.
     refs, scratch_refs = refs[:-num_scratch], refs[-num_scratch:]
     operand_refs, cotangent_refs, out_refs = refs[:3], refs[3:-3], refs[-3:]
-    history = History(*scratch_refs, *[None] * (2 - num_scratch), starts_at=())
+    history = SegmentedHistory(*scratch_refs, *[None] * (2 - num_scratch), starts_at=())
 
-    def pull_back(at):
-        _small.pull_back_tile(
+    def differentiate(at):
+        kernel_bodies.backward_tile(
             _MEMORY, problem, operand_refs, cotangent_refs, out_refs, history, at
         )
 
-    _for_every_tile(num_tiles, refs[0], pull_back)
+    _for_every_tile(num_tiles, refs[0], differentiate)
 
 
-def _backward(
-    problem: Problem,
-    logits: Float[Array, "M T S"],
-    a: Float[Array, "M T"],
-    b: Float[Array, "M S"],
-    *cotangents: Float[Array, "M ..."],
-) -> tuple[Float[Array, "M T S"], Float[Array, "M T"], Float[Array, "M S"]]:
+def _backward(problem, logits, a, b, *cotangents):
     _, t, s = logits.shape
     num_iters = problem.options.num_iters
     register = SUBLANES * LANES * logits.dtype.itemsize
@@ -139,7 +101,7 @@ def _backward(
         functools.partial(_backward_kernel, problem=problem, num_scratch=len(lengths)),
         (logits, a, b, *cotangents),
         [(t, s), (t,), (s,)],
-        # Forward, once more where the history is made twice, and back.
+        # Forward, once more if potentials are computed again, and back.
         half_steps=2 * num_iters * (1 + len(lengths)) + 2,
         scratch=[
             pltpu.VMEM((length, s, SUBLANES, LANES), logits.dtype) for length in lengths
@@ -150,12 +112,12 @@ def _backward(
 
 
 def segment_lengths(num_iters: int, most: int) -> tuple[int, ...]:
-    """Of a segment of iterations and, if it does not hold all, the number of segments.
+    """The iterations of a segment; if there are several segments, also their number.
 
     Args:
-        num_iters: Iterations.
-        most: How many go into a single segment. More are cut into as many segments as
-            these have iterations.
+        num_iters: Iterations in all.
+        most: The largest single segment. More iterations are cut into about as many
+            segments as each has iterations.
     """
     if num_iters <= max(1, most):
         return (max(1, num_iters),)
@@ -163,18 +125,10 @@ def segment_lengths(num_iters: int, most: int) -> tuple[int, ...]:
     return length, math.ceil(num_iters / length)
 
 
-KERNELS: Final = Kernels(_forward, _backward)
+plan, potentials = vjp.solvers(vjp.Kernels(_forward, _backward))
 
 
-def _call(
-    kernel: Callable[..., None],
-    operands: Sequence[Float[Array, "M ..."]],
-    out_shapes: Sequence[tuple[int, ...]],
-    *,
-    half_steps: int,
-    scratch: Sequence[Any] = (),
-    name: str,
-) -> tuple[Array, ...]:
+def _call(kernel, operands, out_shapes, *, half_steps, scratch=(), name):
     num, t, s = operands[0].shape
     dtype = operands[0].dtype
     if num == 0:
@@ -188,7 +142,7 @@ def _call(
         return pl.BlockSpec(block, lambda i: (*[0] * len(shape), i, 0))
 
     in_shapes = [x.shape[1:] for x in operands]
-    numbers = sum(map(math.prod, [*in_shapes, *out_shapes]))  # Of a matrix.
+    numbers = sum(map(math.prod, [*in_shapes, *out_shapes]))  # Per matrix.
     scratch_bytes = sum(math.prod(x.shape) * dtype.itemsize for x in scratch)
     results = pl.pallas_call(
         functools.partial(kernel, num_tiles=num_tiles),
@@ -202,8 +156,8 @@ def _call(
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            # Blocks are there twice: one in use, one on its way. A limit above what a
-            # generation has is cut down to that.
+            # Double buffer: one copy of a block is in use while the next arrives. The
+            # compiler lowers a limit that exceeds the VMEM of the TPU.
             vmem_limit_bytes=2 * numbers * in_block * register
             + scratch_bytes
             + SPILLS * t * s * register,
@@ -230,12 +184,12 @@ def _from_lanes(x, num):
 
 
 def _for_every_tile(num_tiles, ref, fn):
-    """`fn` of where each register of a block is; the last block may hold fewer."""
+    """Calls `fn` with the lanes of each tile of a block; the last may have fewer."""
     in_block = ref.shape[-2] // SUBLANES
     left = num_tiles - pl.program_id(0) * in_block
 
     def one(i, carry):
-        # A multiple, for the compiler to see an aligned address.
+        # Tells the compiler that the address is aligned.
         start = pl.multiple_of(i * SUBLANES, SUBLANES)
         fn((pl.ds(start, SUBLANES), slice(None)))
         return carry

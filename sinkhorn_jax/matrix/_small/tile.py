@@ -1,12 +1,12 @@
 """Sinkhorn in log space on a tile: many small matrices, one in each lane.
 
-Plain functions of arrays, which the kernels for TPUs and GPUs share. A vector over rows
-is a tuple of T arrays (*lanes). One over columns is an array (S, *lanes), whose sums
-over the first axis add registers, or, for GPUs, where registers have no such axis, a
-tuple of S arrays (*lanes). A matrix is a tuple of T vectors over columns. So a sum over
-rows or columns never goes across lanes, and the work passes the registers row by row.
+These are functions of arrays, for the kernels of TPUs and GPUs alike. A vector over
+rows is a tuple of T arrays (*lanes). A vector over columns is an array (S, *lanes), or
+on GPUs, where registers have no such axis, a tuple of S arrays (*lanes). A matrix is a
+tuple of T vectors over columns. So sums over rows and columns add registers and never
+cross lanes.
 
-A half step is a log-sum-exp: nothing leaves the range of float32, whatever the logits.
+A half step is a logsumexp: nothing leaves the range of float32, whatever the logits.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._core.iteration import Finish
+from ..._core.options import Finish
 
 Rows = tuple[Float[Array, "..."], ...]
 Cols = Float[Array, "S ..."] | tuple[Float[Array, "..."], ...]
@@ -25,10 +25,10 @@ Matrix = tuple[Cols, ...]
 
 
 class Tile(NamedTuple):
-    """Logits less their row maxima, then less the column maxima of what remains.
+    """Shifted logits and marginals. A marginal of 0 is padding; its potential is 0.
 
-    As for one matrix: smaller numbers have smaller errors. A row or column whose
-    marginal is 0 is padding, and its potential is 0.
+    The logits are less their row maxima m, then less the column maxima n of what
+    remains: smaller numbers have smaller errors.
     """
 
     logits: Matrix  # -inf where excluded.
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, logits: Matrix, a: Rows, b: Cols) -> "Tile":
-        """The tile of these logits and marginals."""
+        """Shifts the logits."""
         m = tuple(_bounded(over_cols(jnp.maximum, row)) for row in logits)
         logits = tuple(map(_minus_row_value, logits, m))
         n = each(_bounded, over_rows(jnp.maximum, logits))
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
         return self.softmax_of_cols(f)[0]
 
     def softmax_of_rows(self, g: Cols) -> tuple[Rows, Matrix]:
-        """The row step on `g`, and the plan after it with rows that sum to 1."""
+        """The row step on `g`, and the plan after it, scaled to row sums of 1."""
         f, plan = [], []
         for row, a, log_a in zip(self.logits, self.a, self.log_a, strict=True):
             x = each(jnp.add, row, g)
@@ -74,7 +74,7 @@ class Tile(NamedTuple):
         return tuple(f), tuple(plan)
 
     def softmax_of_cols(self, f: Rows) -> tuple[Cols, Matrix]:
-        """The column step on `f`, and the plan after it with columns that sum to 1."""
+        """The column step on `f`, and the plan after it, scaled to column sums of 1."""
         x = [_minus_row_value(row, -y) for row, y in zip(self.logits, f, strict=True)]
         top = each(_bounded, over_rows(jnp.maximum, x))
         x = [each(lambda x, top: jnp.exp(x - top), row, top) for row in x]
@@ -85,16 +85,16 @@ class Tile(NamedTuple):
         return each(_where_positive, self.b, g), plan
 
     def potentials(self, f: Rows, g: Cols) -> tuple[Rows, Cols]:
-        """Those of the logits as they were given."""
+        """The potentials of the logits before the shift."""
         f, g = each(jnp.subtract, f, self.m), each(jnp.subtract, g, self.n)
         return each(_where_positive, self.a, f), each(_where_positive, self.b, g)
 
     def with_rows_of_a(self, unit: Matrix) -> Matrix:
-        """Rows that sum to `a`, of rows that sum to 1."""
+        """Scales rows that sum to 1 to the row marginal."""
         return tuple(map(times_row_value, unit, self.a))
 
     def with_cols_of_b(self, unit: Matrix) -> Matrix:
-        """Columns that sum to `b`, of columns that sum to 1."""
+        """Scales columns that sum to 1 to the column marginal."""
         return tuple(each(jnp.multiply, row, self.b) for row in unit)
 
 
@@ -121,50 +121,44 @@ def marginal_error(tile: Tile, plan: Matrix, finish: Finish) -> Float[Array, "..
     return error / _not_zero(functools.reduce(jnp.add, tile.a))
 
 
-class Cotangents(NamedTuple):
-    """What is left to pull back, and the weights of the steps that have been."""
+class SweepState(NamedTuple):
+    """The state of the reverse sweep between two steps."""
 
-    df: Rows  # Of the row potential before the last step that was pulled back.
+    df: Rows  # Seed of the row potential before the next column step to undo.
     dg: Cols
-    da: Rows  # Times a: the sum of the cotangents of all row steps.
+    da: Rows  # Sum of λ over the undone row steps: a times the cotangent of a.
     db: Cols
 
 
 def undo_last_row_step(
     tile: Tile, unit: Matrix, df: Rows, dg: Cols
-) -> tuple[Matrix, Cotangents]:
-    """Go back over the row step that a result ends on.
+) -> tuple[Matrix, SweepState]:
+    """Undoes the row step that a result ends on: docs/architecture.md (4).
 
-    Args:
-        tile: Logits and marginals.
-        unit: The plan, with rows that sum to 1.
-        df: Cotangent of the row potential.
-        dg: Cotangent of the column potential.
-
-    Returns:
-        What the step takes from the cotangent of the logits, and the rest.
+    `unit` is the plan, scaled to row sums of 1. Returns the part of the step in the
+    correction, and the state.
     """
-    moved = tuple(map(times_row_value, unit, df))
-    dg = each(jnp.subtract, dg, over_rows(jnp.add, moved))
-    return moved, Cotangents(zeros(tile.a), dg, df, zeros(tile.b))
+    correction = tuple(map(times_row_value, unit, df))
+    dg = each(jnp.subtract, dg, over_rows(jnp.add, correction))
+    return correction, SweepState(zeros(tile.a), dg, df, zeros(tile.b))
 
 
 def undo_full_iteration(
-    tile: Tile, g: Cols, cotangents: Cotangents
-) -> tuple[Matrix, Cotangents]:
-    """Go back over a column step and the row step before it, which started from `g`.
+    tile: Tile, g: Cols, state: SweepState
+) -> tuple[Matrix, SweepState]:
+    """Undoes a column step and the row step before it: docs/architecture.md (5), (4).
 
-    Returns:
-        What the two take from the cotangent of the logits, and the rest.
+    `g` is the column potential that the row step started from. Returns the part of both
+    steps in the correction, and the state.
     """
     f, of_rows = tile.softmax_of_rows(g)
     _, of_cols = tile.softmax_of_cols(f)
-    df, dg, da, db = cotangents
+    df, dg, da, db = state
     by_cols = tuple(each(jnp.multiply, row, dg) for row in of_cols)
     df = tuple(x - over_cols(jnp.add, row) for x, row in zip(df, by_cols, strict=True))
     by_rows = tuple(map(times_row_value, of_rows, df))
-    return each_row(jnp.add, by_cols, by_rows), Cotangents(
-        # What is given from outside reaches only the potentials of the result.
+    return each_row(jnp.add, by_cols, by_rows), SweepState(
+        # The cotangents from outside reach only the potentials of the result.
         zeros(tile.a),
         each(jnp.negative, over_rows(jnp.add, by_rows)),
         each(jnp.add, da, df),
@@ -172,40 +166,39 @@ def undo_full_iteration(
     )
 
 
-def of_marginals(tile: Tile, cotangents: Cotangents) -> tuple[Rows, Cols]:
-    """Cotangents of the marginals: f = log a - ..., and so for columns."""
+def marginal_cotangents(tile: Tile, state: SweepState) -> tuple[Rows, Cols]:
+    """Cotangents of the marginals: the weights of all steps, added up."""
     over = lambda x, total: _where_positive(x, total / jnp.where(x > 0, x, 1))
-    return each(over, tile.a, cotangents.da), each(over, tile.b, cotangents.db)
+    return each(over, tile.a, state.da), each(over, tile.b, state.db)
 
 
-def of_valid(marginal: Any, x: Any) -> Any:
-    """A vector, 0 for padding."""
+def only_valid(marginal: Any, x: Any) -> Any:
+    """The vector x, set to 0 for padding."""
     return each(_where_positive, marginal, x)
 
 
 def zeros(vector: Any) -> Any:
-    """As many as there are numbers, which must be finite, in the vector.
+    """Zeros like the vector, whose numbers must be finite.
 
-    Not constants: a GPU holds them in another layout than what is added to them, and a
-    loop has to stay in one.
+    A GPU would keep constants in another layout than what a loop adds to them.
     """
     return each(lambda x: 0 * x, vector)
 
 
 def each(fn: Callable[..., Array], *vectors: Any) -> Any:
-    """`fn` of the entries of vectors, whichever way they are held."""
+    """Applies `fn` to the entries of vectors."""
     if isinstance(vectors[0], tuple):
         return tuple(map(fn, *vectors))
     return fn(*vectors)
 
 
 def each_row(fn: Callable[..., Array], *matrices: Matrix) -> Matrix:
-    """`fn` of the entries of matrices."""
+    """Applies `fn` to the entries of matrices."""
     return tuple(each(fn, *rows) for rows in zip(*matrices, strict=True))
 
 
 def over_cols(fn: Callable[..., Array], row: Cols) -> Array:
-    """The sum, for `jnp.add`, or maximum, for `jnp.maximum`, of one row."""
+    """The sum of a row, for `jnp.add`, or its maximum, for `jnp.maximum`."""
     return functools.reduce(fn, row if isinstance(row, tuple) else tuple(row))
 
 
@@ -233,10 +226,10 @@ def _where_positive(marginal, x):
 
 
 def _bounded(top):
-    # Where all is -inf, for padding: -inf less the least number is still -inf.
+    # The least number for padding, where all is -inf: -inf less that is still -inf.
     return jnp.maximum(top, jnp.finfo(top.dtype).min)
 
 
 def _not_zero(total):
-    # A sum of padding is 0, and no other.
+    # Only a sum over padding is 0.
     return jnp.where(total == 0, 1, total)
