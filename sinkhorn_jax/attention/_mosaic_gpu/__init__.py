@@ -1,1 +1,1 @@
-"""Attention as Pallas kernels for NVIDIA Hopper GPUs."""
+"""Sinkhorn attention as kernels for NVIDIA's Hopper GPUs. `attend.py` is the entry."""

@@ -1,23 +1,27 @@
 """Sinkhorn attention as Pallas kernels for NVIDIA's Hopper GPUs.
 
-Where shared memory holds the kernel matrix of a head, a program has a head: the forward
-pass is one launch, the reverse sweep of the gradient another one, and its last pass a
-third where the cotangents of all queries have room beside a tile. One block of threads
-has room for 192 x 192 entries in float32, for 256 x 256 in bfloat16, which inputs in it
-may have, rounded as the plan is before it meets the values. Larger ones, to 512 x 512
-and a little more, lie in the shared memory of a cluster, of two to eight blocks of
-threads, and so do others that more warpgroups can share then. With 10 iterations the
-sweep makes every entry of the plan three times, and so does the last pass.
+There are two regimes. A **resident** head keeps its kernel matrix E in
+shared memory for all iterations: the forward pass is one launch, the reverse sweep a
+second one and the logits cotangent a third, if its shared memory suffices. E of up to
+192 x 192 entries in float32, or 256 x 256 in bfloat16, fits one thread block. Larger
+ones, to about 512 x 512, lie in the shared memory of a cluster of two to eight thread
+blocks. A **streamed** head has a launch for each pass over its plan. A thread block has
+64 queries, and passes over the keys tile by tile. Column sums cross thread blocks: each
+query block writes its partial column sums, and they are added in one order, so that
+results repeat to the bit.
 
-Otherwise a program has a strip of 64 rows and passes over all columns, tile by tile.
-One pass is one launch, because column sums cross programs: each program writes its
-share, the shares are added in one order, and results repeat to the bit. The shares are
-the largest array there is, of T S / 64 numbers a head. A pass of the iteration makes
-every entry once where the shared memory of a cluster holds a strip of it (6144 keys, or
-5120 with more than 64 head dimensions), and twice beyond. So does each pass of the
-reverse sweep, one for every iteration after another that seeds it. The last pass makes
-entries three times for dq, and as often for dk and dv, with 10 iterations of up to some
-5500 tokens, and four times with more.
+| file | contents |
+|---|---|
+| `blocks.py`, `heuristics.py` | the division of a head, and its defaults |
+| `shared_memory.py` | arrays and barriers of each kernel, and their bytes |
+| `refresh_groups.py` | which iterations share one E |
+| `passes.py` | the forward and backward pass, in either regime |
+| `resident/`, `streamed/`, `correction.py` | the kernels |
+| `tiles.py`, `smem_matrix.py` | products and sums of tiles, and of E |
+| `loops.py`, `buffers.py`, `launch.py` | loops, copies of tiles, the launch |
+| `warpgroups.py`, `cluster.py` | barriers, and who computes what |
+
+`resident/kernel.py` says why every wait at a barrier ends.
 
 Logits, potentials and sums are in float32. Products of the plan are in the inputs'
 dtype with sums in float32, as in flash attention.
@@ -30,38 +34,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._runtime.vmap import fold_vmap
-from .._pallas_common import to_unit, why_not_options
+from .._pallas_common import to_unit_by_head, why_not_options
 from .._problem import Operands, Problem, vary_alike
-from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, default_blocks, padded_dim
-from .streamed.backward import backward
-from .streamed.forward import History, forward
-from .streamed.forward import Operands as Padded
+from . import passes
+from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, padded_dim
+from .heuristics import default_blocks
+from .types import PaddedOperands
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend(
     problem: Problem, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
-    """Output and, on request, marginal error."""
+    """Output, and the marginal error if the problem asks for it."""
     return attend_in(problem, default_blocks(problem), operands)
 
 
 def attend_in(
     problem: Problem, blocks: Blocks, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
-    """The same, cut as it is said."""
+    """As `attend`, with blocks that need not be the default ones."""
     operands = vary_alike(operands)
     rows = _valid(problem.batch, problem.t, operands.query_valid)
     cols = _valid(problem.batch, problem.s, operands.key_valid)
-    # Rows without columns are padding, and the other way round.
+    # A row without any valid column is padding, and so is a column without rows.
     rows, cols = rows & cols.any(axis=1)[:, None], cols & rows.any(axis=1)[:, None]
-    return _attend(
-        problem, blocks, rows, cols, operands.query, operands.key, operands.value
-    )
+    query, key, value, *_ = operands
+    return _attend(problem, blocks, rows, cols, query, key, value)
 
 
 def why_not(problem: Problem) -> str | None:
-    """It takes what its kernels were written for, and says what that is."""
+    """The reason why the kernels cannot run the problem, or None."""
     if problem.dtype not in (jnp.bfloat16, jnp.float16):
         return (
             f"a GPU kernel takes bfloat16 and float16, got {problem.dtype}: the tensor "
@@ -85,11 +88,12 @@ def _attend(problem, blocks, rows, cols, query, key, value):
 def _attend_fwd(problem, blocks, rows, cols, query, key, value):
     padded = _pad(problem, blocks, rows, cols, query, key, value)
     out, error, history = fold_vmap(
-        functools.partial(_forward, problem, blocks), *padded
+        functools.partial(passes.forward, problem, blocks), *padded
     )
     if error is not None:
         error = error.reshape(problem.batch, problem.num_heads)
-    result = _join(problem, out, problem.t, problem.value_dim).astype(problem.dtype)
+    result = _from_heads(problem, out, problem.t, problem.value_dim)
+    result = result.astype(problem.dtype)
     return (result, error), (rows, cols, query, key, value, out, history)
 
 
@@ -97,79 +101,64 @@ def _attend_bwd(problem, blocks, residuals, cotangents):
     rows, cols, query, key, value, out, history = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
     groups = problem.num_heads // problem.num_key_heads
-    dout, size = to_unit(_only(rows, dout))
-    # The cotangent of the plan is linear in the values too: float16 must hold it.
-    value, value_size = to_unit(_only(cols, value))
+    dout, size = to_unit_by_head(_zero_padding(rows, dout))
+    # dP = dO V^T is linear in the values too; scaled, dZ stays in float16's range.
+    value, value_size = to_unit_by_head(_zero_padding(cols, value))
     value_size = jnp.repeat(value_size, groups, axis=2)
     out = out / value_size.reshape(-1, 1, 1)
     padded = _pad(problem, blocks, rows, cols, query, key, value)
     dq, dk, dv = fold_vmap(
-        functools.partial(_backward, problem, blocks),
+        functools.partial(passes.backward, problem, blocks),
         *padded,
         *history,
         out,
-        _split(dout, blocks.rows),
+        _to_heads(dout, blocks.rows),
     )
-    dq = _join(problem, dq, problem.t, problem.head_dim) * value_size * size
+    dq = _from_heads(problem, dq, problem.t, problem.head_dim) * value_size * size
 
-    def of_key_heads(x):
+    def sum_groups(x):
         return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
 
-    dk = _join(problem, dk, problem.s, problem.head_dim) * value_size * size
-    dv = _join(problem, dv, problem.s, problem.value_dim) * size
-    dk, dv = of_key_heads(dk), of_key_heads(dv)
+    dk = _from_heads(problem, dk, problem.s, problem.head_dim) * value_size * size
+    dv = _from_heads(problem, dv, problem.s, problem.value_dim) * size
+    dk, dv = sum_groups(dk), sum_groups(dv)
     return None, None, *(x.astype(problem.dtype) for x in (dq, dk, dv))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(problem, blocks, *padded):
-    out, error, history = forward(problem, blocks, Padded(*padded))
-    return out, error, _swap(history)
-
-
-def _backward(problem, blocks, query, key, value, rows, cols, f, g, out, dout):
-    padded = Padded(query, key, value, rows, cols)
-    return backward(problem, blocks, padded, _swap(History(f, g)), out, dout)
-
-
-def _swap(history):
-    """Heads in front of iterations, for an axis of `vmap` to join them, or back."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), history)
-
-
 def _valid(batch, length, valid):
     return jnp.ones((batch, length), jnp.bool_) if valid is None else valid
 
 
-def _only(valid, x):
-    """`x`, and 0 for padding: no weight takes infinity or NaN off what lies there."""
+def _zero_padding(valid, x):
+    """`x` with 0 for padding, where a weight of 0 would not remove NaN or infinity."""
     return jnp.where(valid[:, :, None, None], x, 0)
 
 
 def _pad(problem, blocks, rows, cols, query, key, value):
-    def of_heads(valid, length):
+    def repeat_heads(valid, length):
         valid = jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])))
         return jnp.repeat(valid, problem.num_heads, axis=0)
 
-    return Padded(
-        _split(_only(rows, query), blocks.rows),
-        _split(_only(cols, key), blocks.cols),
-        _split(_only(cols, value), blocks.cols),
-        of_heads(rows, blocks.rows),
-        of_heads(cols, blocks.cols),
+    return PaddedOperands(
+        _to_heads(_zero_padding(rows, query), blocks.rows),
+        _to_heads(_zero_padding(cols, key), blocks.cols),
+        _to_heads(_zero_padding(cols, value), blocks.cols),
+        repeat_heads(rows, blocks.rows),
+        repeat_heads(cols, blocks.cols),
     )
 
 
-def _split(x, length):
-    """Heads in front, and zeros for what a tile has more."""
+def _to_heads(x, length):
+    """Heads first, padded with zeros to `length` and to whole tiles."""
     x = jnp.swapaxes(x, 1, 2)
     x = x.reshape(-1, *x.shape[2:])
     more = length - x.shape[1], padded_dim(x.shape[2]) - x.shape[2]
     return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1])))
 
 
-def _join(problem, x, length, dim):
+def _from_heads(problem, x, length, dim):
     x = x[:, :length, :dim]
     return jnp.swapaxes(x.reshape(problem.batch, -1, *x.shape[1:]), 1, 2)

@@ -1,1 +1,1 @@
-"""Kernels that keep the kernel matrix of a head in shared memory."""
+"""One launch for all iterations, with the kernel matrix of a head in shared memory."""

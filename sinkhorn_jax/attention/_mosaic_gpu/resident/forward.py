@@ -1,342 +1,276 @@
-"""The forward pass in one launch, with a head's kernel matrix in shared memory.
+"""The forward pass of resident heads: all iterations in one launch.
 
-A block of threads has a head, or a cluster of blocks has it, each some of its strips;
-warpgroups share them and the tiles. With the potentials f and g of a plan whose columns
-are right it makes E = exp(Z + f + g) once, and then only multiplies by it: with v = 1,
+The softmax and the first column step are (1) and (2) of docs/architecture.md, with
+running maxima of the logits. Then E = exp(Z + f_base + g_base) is computed from the
+current potentials, and from then on only multiplied, as in (10). With c = 1 at first,
 
-    u = 1 / (E v)        f_k = f + log u
-    v = share / (E^T u)  g_k = g + log v
+    r = 1 / (E c)        f_k = f_base + log r          row step k
+    c = b / (E^T r)      g_{k+1} = g_base + log c      column step k + 1
 
-in float32, and not on the tensor cores, which would round u and v.
+with sums in float32, outside the tensor cores, which would round r and c. E is computed
+again after `Blocks.refresh_every` iterations, before what it has rounded to 0 could
+matter (`refresh_groups`), so no overflow test and no fallback is needed. Each entry
+costs two exponentials for the softmax and the first column step, and one for each time
+that E is computed.
 
-No row of such a plan sums to less than 1 / S or more than T, and a row step and a
-column step keep that: together they take u up by S at most, and v by T. So what E has
-rounded to 0 cannot matter before (T S)^k comes near to the range of float32, and E is
-made afresh from the potentials after so many steps (`max_period`). Nothing has to be
-detected. Of each entry that is two exponentials for the softmax and the first column
-step, and one for every such period.
+With `Blocks.kernel_dtype` bfloat16 the entries of E have relative errors up to 2^-8,
+like those of the plan that multiplies the values. The row steps make the rows of the
+rounded E exact, and the potentials are those of the rounded E.
 
-In bfloat16 E has half the bytes and the same range. Its entries are off by 2^-9, and
-like them those of the plan, which are rounded as much before they meet the values; rows
-are right for the plan as it is kept, and the potentials are those of it.
+`shared_memory.resident_forward_scratch` lists what lies in shared memory. A thread
+block with W warpgroups has these barriers (`kernel.py` says why every wait ends):
+
+| barrier | number | arrivals | who arrives | who waits |
+|---|---|---|---|---|
+| `vectors_barrier` | 1 | 3 | copies of f, g and b, once | all warpgroups |
+| `row_block_barrier` | W | 1 | a copy that warpgroup w starts | warpgroup w |
+| `tile_barrier` | W x stages | 1 | a copy that warpgroup w starts | warpgroup w |
+| `warpgroups_barrier` | 1 | W | all warpgroups | all warpgroups |
+| of the cluster | 1 | all threads | all threads | all threads of the cluster |
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from ..._pallas_common import reciprocal
 from ..._problem import Problem
-from ..blocks import Blocks, resident_crew, values_lie_with_keys
-from ..smem_matrix import Held, do_each, in_tiles, matrix, of_sums, team
-from ..tiles import (
-    Ref,
-    add_product,
-    along_cols,
-    along_rows,
-    call_kernel,
-    kernel_of,
-    left_operand,
-    load,
-    log_sum,
-    of_cols,
-    of_rows,
-    operand,
-    over_tiles,
-    product,
-    shared_head,
-    span,
-    total_log,
-    vector,
-    zeros,
-)
+from .. import tiles
+from ..blocks import TILE, Blocks
+from ..heuristics import resident_forward_warpgroups
+from ..launch import call_kernel, vector
+from ..loops import for_each
+from ..shared_memory import resident_forward_scratch
+from ..types import ForwardResult, PaddedOperands, PotentialHistory
+from .kernel import ResidentKernel
 
 
-class Side(NamedTuple):
-    """Where one factor of the logits is, as strips of rows and as tiles of columns."""
-
-    strip: Callable[[Int[Array, ""]], Ref]
-    tile: Callable[[Int[Array, ""]], Ref]
-    num_tiles: int
-
-
-def solve(
+def forward(
     problem: Problem,
     blocks: Blocks,
-    query: Float[Array, "BN T H"],
-    key: Float[Array, "BK S H"],
-    value: Float[Array, "BK S D"],
-    rows: Bool[Array, "BN T"],
-    cols: Bool[Array, "BN S"],
-    share: Float[Array, "BN 1"],
-) -> tuple[
-    Float[Array, "BN T D"],
-    Float[Array, "K BN T"],
-    Float[Array, "K BN S"],
-    Float[Array, "BN S"] | None,
-]:
-    """Output, potentials of all iterations, and on request the sums of the columns."""
-    heads, tile, h, d = rows.shape[0], blocks.tile, query.shape[2], value.shape[2]
-    groups = heads // key.shape[0]
-    num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
-    num_iters, period = problem.options.num_iters, blocks.period
-    has_sums = problem.return_marginal_error
-    size, num_slots = resident_crew(problem, blocks)
-    lies_with_keys = values_lie_with_keys(problem, blocks)
-
-    def body(*refs: Ref):
-        # query [BN, T, H], key [BK, S, H], query_t [BN, H, T], key_t [BK, H, S], value
-        # [BK, S, D], f [BN, T / tile, tile], g, share [BN, S / tile, tile]; out [BN, T,
-        # D], fs [K, BN, T], gs [K, BN, S], sums [BN, S] or none. Shared: kernel [T /
-        # tile, S / tile, tile, tile]; f, the f of the kernel and u [T / tile, tile],
-        # the like of g, and share; in a cluster, a block's part of the sums of columns
-        # [2, S / tile, tile]. Of each warpgroup: a strip [tile, H], tiles [slots, H,
-        # tile], and tiles of values [slots, tile, D] if not in the same place.
-        query_ref, key_ref, query_t_ref, key_t_ref, value_ref, *rest = refs
-        rows_ref, cols_ref, share_ref, out_ref, fs_ref, gs_ref, *rest = rest
-        sums_ref: Ref = rest.pop(0) if has_sums else None
-        e_tile, x_tile, y_tile, *rest = rest
-        v_tile = y_tile if lies_with_keys else rest.pop(0)
-        f_tile, base_f, u_tile, g_tile, base_g, weight_tile, share_tile, *rest = rest
-        part_tile: Ref = rest.pop(0) if blocks.cluster > 1 else None
-        once, strip_barrier, barrier, meeting = rest
-        n = jax.lax.axis_index("program")
-        kv = shared_head(n, groups)
-        crew = team(size, meeting, blocks.cluster)
-        held = Held(e_tile, *crew.own(num_rows))
-        my_first_slot = crew.me * jnp.int32(num_slots)
-        crew.load(
-            once,
-            [
-                (rows_ref.at[n], f_tile),
-                (cols_ref.at[n], g_tile),
-                (share_ref.at[n], share_tile),
-            ],
-        )
-        queries = Side(
-            lambda i: query_ref.at[n, span(i, tile)],
-            lambda i: query_t_ref.at[n, :, span(i, tile)],
-            num_rows,
-        )
-        keys = Side(
-            lambda j: key_ref.at[kv, span(j, tile)],
-            lambda j: key_t_ref.at[kv, :, span(j, tile)],
-            num_cols,
-        )
-
-        def of_products(x, i, y, step, carry):
-            # step(j, products of strip i of x and tile j of y, carry)
-            plgpu.commit_smem()  # All threads are done with the last strip.
-            mine = x_tile.at[crew.me]
-            load(strip_barrier.at[crew.me], [(x.strip(i), mine)])
-            strip = left_operand(mine)
-
-            def multiply(j, slot, carry):
-                return step(j, product(strip, y_tile.at[slot]), carry)
-
-            return over_tiles(
-                y.num_tiles,
-                num_slots,
-                barrier,
-                lambda j: [(y.tile(j), y_tile)],
-                multiply,
-                carry,
-                first_slot=my_first_slot,
-            )
-
-        def log_sums(x, i, y, other_tile):
-            def step(j, products, carry):
-                return log_sum(carry, products, of_cols(other_tile, j), problem.scale)
-
-            least = zeros(tile) + jnp.finfo(jnp.float32).min
-            return total_log(*of_products(x, i, y, step, (least, zeros(tile))))
-
-        def softmax(i):
-            # Read before a barrier, written after it: four threads share a row.
-            valid = of_rows(f_tile, i) == 0
-            put_f(0, i, -log_sums(queries, i, keys, g_tile), valid)
-
-        def put_f(k, i, f, valid):
-            f = jnp.where(valid, f, -jnp.inf)
-            f_tile[i] = f
-            fs_ref[k, n, span(i, tile)] = f
-
-        def put_g(k, j, g, valid):
-            g = jnp.where(valid, g, -jnp.inf)
-            g_tile[j] = g
-
-            @crew.when_own(j, num_cols)
-            def _():
-                gs_ref[k, n, span(j, tile)] = g
-
-        def first_column_step(j):
-            gs_ref[0, n, span(j, tile)] = of_rows(g_tile, j)
-            share = of_rows(share_tile, j)
-            valid = share > 0
-            # The keys are the rows of these products: no sum crosses warps.
-            g = jnp.log(jnp.where(valid, share, 1.0)) - log_sums(
-                keys, j, queries, f_tile
-            )
-            put_g(1, j, g, valid)
-
-        def make(i):
-            f = of_rows(f_tile, i)
-            base_f[i] = f
-
-            def step(j, products, nothing):
-                kernel = kernel_of(products, f, of_cols(g_tile, j), problem.scale)
-                held.put(i, j, kernel)
-                return nothing
-
-            of_products(queries, i, keys, step, jnp.int32(0))
-
-        def rebase(j):
-            base_g[j] = of_rows(g_tile, j)
-            weight_tile[j] = zeros(tile) + 1
-
-        def row_step(k, i):
-            sums = held.row_sums(i, weight_tile)
-            u_tile[i] = reciprocal(sums)
-            valid = sums != 0
-            f = of_rows(base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
-            put_f(k + jnp.int32(1), i, f, valid)
-
-        def put_part(k, j):
-            part_tile[slot_of(k), j] = held.col_sums(j, u_tile)
-
-        def slot_of(k):
-            # Others may still read the part before; all have met since the one before.
-            return jax.lax.rem(k, jnp.int32(2))
-
-        def col_step(k, j):
-            if blocks.cluster > 1:
-                sums = crew.sums_of_blocks(of_sums, part_tile, slot_of(k), j)
-            else:
-                sums = held.col_sums(j, u_tile)
-
-            @pl.when(k + jnp.int32(1) < num_iters)
-            def _():
-                weight = of_sums(share_tile, j) * reciprocal(sums)
-                weight_tile[j] = weight
-                valid = sums != 0
-                g = of_sums(base_g, j) + jnp.log(jnp.where(valid, weight, 1.0))
-                put_g(k + jnp.int32(2), j, g, valid)
-
-            if has_sums:
-
-                @pl.when(k + jnp.int32(1) == num_iters)
-                def _():
-                    total = sums * of_sums(weight_tile, j)
-
-                    @crew.when_own(j, num_cols)
-                    def _():
-                        sums_ref[n, span(j, tile)] = total
-
-        def iterate(k):
-            @pl.when(jax.lax.rem(k, jnp.int32(period)) == 0)
-            def _():
-                crew.share_own(num_rows, make)
-                crew.share(num_cols, rebase)
-                crew.meet()
-
-            def col_steps():
-                if blocks.cluster > 1:
-                    crew.share(num_cols, lambda j: put_part(k, j))
-                    crew.meet_all()
-                crew.share(num_cols, lambda j: col_step(k, j))
-
-            crew.share_own(num_rows, lambda i: row_step(k, i))
-            crew.meet()
-            if has_sums:
-                col_steps()
-            else:
-                pl.when(k + jnp.int32(1) < num_iters)(col_steps)
-            crew.meet()
-
-        def apply(i):
-            u = of_rows(u_tile, i)
-
-            def copies(j):
-                return ((value_ref.at[kv, span(j, tile)], v_tile),)
-
-            def accumulate(acc_ref):
-                def step(j, slot, nothing):
-                    kernel = held.at(i, j)
-                    weight = along_cols(of_cols(weight_tile, j), kernel)
-                    # Rows that are right before they are rounded: float16 has them.
-                    plan = kernel * along_rows(u, kernel) * weight
-                    add_product(acc_ref, plan, v_tile.at[slot])
-                    return nothing
-
-                over_tiles(
-                    num_cols,
-                    num_slots,
-                    barrier,
-                    copies,
-                    step,
-                    jnp.int32(0),
-                    first_slot=my_first_slot,
-                )
-                return acc_ref[...]
-
-            out_ref[n, span(i, tile)] = pl.run_scoped(
-                accumulate, plgpu.WGMMAAccumulatorRef((tile, d), jnp.float32)
-            )
-
-        crew.share_own(num_rows, softmax)
-        crew.gather(f_tile)
-        crew.share_own(num_cols, first_column_step)
-        crew.gather(g_tile)
-        do_each(num_iters, iterate)
-        crew.share_own(num_rows, apply)
-        crew.leave()
+    operands: PaddedOperands,
+    col_marginal: Float[Array, "BN 1"],
+) -> ForwardResult:
+    """Output, potentials of all iterations and, if they are asked for, column sums."""
+    query, key, value, rows, cols = operands
+    heads, d, num_rows = len(rows), value.shape[2], blocks.num_row_tiles
+    num_potentials = problem.options.num_iters + 1
+    config = resident_forward_warpgroups(problem, blocks)
 
     def padding(valid):
         return jnp.where(valid, jnp.float32(0), -jnp.inf)
 
-    row_vector = plgpu.SMEM((num_rows, tile), jnp.float32)
-    col_vector = plgpu.SMEM((num_cols, tile), jnp.float32)
-    values = operand(size * num_slots, tile, d, dtype=problem.dtype)
-    values = [] if lies_with_keys else [values]
-    parts = [plgpu.SMEM((2, num_cols, tile), jnp.float32)] if blocks.cluster > 1 else []
-    sums = [vector(heads, blocks.cols)] if has_sums else []
-    out, fs, gs, *sums = call_kernel(
-        body,
+    col_sums = vector(heads, blocks.cols)
+    results = call_kernel(
+        lambda *refs: ForwardKernel(problem, blocks, config, num_rows, *refs).run(),
         "sinkhorn_attention_resident",
         heads,
-        [
-            vector(heads, blocks.rows, d),
-            vector(num_iters + 1, heads, blocks.rows),
-            vector(num_iters + 1, heads, blocks.cols),
-            *sums,
-        ],
-        [
-            matrix(num_rows, num_cols, blocks),
-            operand(size, tile, h, dtype=problem.dtype),
-            operand(size * num_slots, h, tile, dtype=problem.dtype),
-            *values,
-            *[row_vector] * 3,
-            *[col_vector] * 4,
-            *parts,
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_barriers=size),
-            plgpu.Barrier(num_barriers=size * num_slots),
-            plgpu.Barrier(num_arrivals=size),
-        ],
-        query,
-        key,
-        jnp.swapaxes(query, 1, 2),
-        jnp.swapaxes(key, 1, 2),
-        value,
-        in_tiles(padding(rows), tile),
-        in_tiles(padding(cols), tile),
-        in_tiles(jnp.where(cols, share, 0), tile),
-        num_warpgroups=size,
+        inputs=dict(
+            queries=[query],  # [BN, T, H]
+            keys=[key],  # [BK, S, H]
+            queries_t=[jnp.swapaxes(query, 1, 2)],
+            keys_t=[jnp.swapaxes(key, 1, 2)],
+            value=value,  # [BK, S, D]
+            f=tiles.in_tiles(padding(rows)),  # [BN, T / tile, tile]
+            g=tiles.in_tiles(padding(cols)),  # [BN, S / tile, tile]
+            col_marginal=tiles.in_tiles(jnp.where(cols, col_marginal, 0)),
+        ),
+        results=dict(
+            out=vector(heads, blocks.rows, d),
+            f=vector(num_potentials, heads, blocks.rows),
+            g=vector(num_potentials, heads, blocks.cols),
+            col_sums=col_sums if problem.return_marginal_error else None,
+        ),
+        scratch=resident_forward_scratch(problem, blocks, config),
+        num_warpgroups=config.num_warpgroups,
         cluster=blocks.cluster,
     )
-    return out, fs, gs, sums[0] if sums else None
+    history = PotentialHistory(results.f, results.g)
+    return ForwardResult(results.out, history, results.col_sums)
+
+
+class ForwardKernel(ResidentKernel):
+    """The forward pass. Methods for i compute query block i, for j key tile j."""
+
+    def run(self) -> None:
+        """All iterations, and the output."""
+        inputs, smem, cluster = self.inputs, self.smem, self.cluster
+        self.warpgroups.load(
+            smem.vectors_barrier,
+            [
+                (inputs.f.at[self.n], smem.f),  # 0, and -inf for padding.
+                (inputs.g.at[self.n], smem.g),
+                (inputs.col_marginal.at[self.n], smem.col_marginal),
+            ],
+        )
+        cluster.for_each_owned(self.num_rows, self.softmax)
+        cluster.gather(smem.f)
+        cluster.for_each_owned(self.num_cols, self.first_col_step)
+        cluster.gather(smem.g)
+        for_each(self.num_iters, self.iterate)
+        cluster.for_each_owned(self.num_rows, self.apply)
+        cluster.leave()
+
+    def softmax(self, i):
+        """Computes f_0."""
+        # Read first: four threads share a row, and a barrier in `log_sums` separates
+        # this read of f from the write in `put_f`.
+        valid = tiles.of_rows(self.smem.f, i) == 0
+        log_sums = self.log_sums(self.queries, i, self.keys, self.smem.g)
+        self.put_f(0, i, -log_sums, valid)
+
+    def first_col_step(self, j):
+        """Computes g_1. With keys as rows, no sum crosses warps."""
+        self.outputs.g[0, self.n, tiles.span(j)] = tiles.of_rows(self.smem.g, j)
+        col_marginal = tiles.of_rows(self.smem.col_marginal, j)
+        valid = col_marginal > 0
+        log_marginal = jnp.log(jnp.where(valid, col_marginal, 1.0))
+        log_sums = self.log_sums(self.keys, j, self.queries, self.smem.f)
+        self.put_g(1, j, log_marginal - log_sums, valid)
+
+    def log_sums(self, x, i, y, other):
+        """Logarithms of the row sums of exp(Z + other) in row block i of x."""
+
+        def step(j, products, carry):
+            g = tiles.of_cols(other, j)
+            return tiles.log_sum(carry, products, g, self.problem.scale)
+
+        carry = tiles.zeros(TILE) + jnp.finfo(jnp.float32).min, tiles.zeros(TILE)
+        return tiles.total_log(*self.over_products(self.load(x, i), y, step, carry))
+
+    def iterate(self, k):
+        """Row step k + 1 and column step k + 2, for k = 0, ..., L - 1.
+
+        Instead of column step L + 1, the last iteration sums the columns of the plan.
+        """
+        warpgroups, cluster = self.warpgroups, self.cluster
+
+        @pl.when(jax.lax.rem(k, jnp.int32(self.blocks.refresh_every)) == 0)
+        def _():
+            cluster.for_each_owned(self.num_rows, self.make)
+            warpgroups.for_each(self.num_cols, self.rebase)
+            warpgroups.barrier()
+
+        def col_steps():
+            num_cols = self.num_cols
+            if cluster.size > 1:
+                warpgroups.for_each(num_cols, lambda j: self.put_partial_sums(k, j))
+                cluster.barrier()
+            warpgroups.for_each(num_cols, lambda j: self.col_step(k, j))
+
+        cluster.for_each_owned(self.num_rows, lambda i: self.row_step(k, i))
+        warpgroups.barrier()
+        if self.problem.return_marginal_error:
+            col_steps()
+        else:
+            pl.when(k + jnp.int32(1) < self.num_iters)(col_steps)
+        warpgroups.barrier()
+
+    def make(self, i):
+        """Computes E from the potentials."""
+        f = tiles.of_rows(self.smem.f, i)
+        self.smem.base_f[i] = f
+
+        def step(j, products, nothing):
+            g = tiles.of_cols(self.smem.g, j)
+            self.kernel.put(i, j, tiles.kernel_of(products, f, g, self.problem.scale))
+            return nothing
+
+        self.over_products(self.load(self.queries, i), self.keys, step, jnp.int32(0))
+
+    def rebase(self, j):
+        """Starts again from c = 1."""
+        self.smem.base_g[j] = tiles.of_rows(self.smem.g, j)
+        self.smem.c[j] = tiles.zeros(TILE) + 1
+
+    def row_step(self, k, i):
+        """Computes r and f_{k+1}."""
+        sums = self.kernel.row_sums(i, self.smem.c)
+        self.smem.r[i] = reciprocal(sums)
+        valid = sums != 0
+        f = tiles.of_rows(self.smem.base_f, i) - jnp.log(jnp.where(valid, sums, 1.0))
+        self.put_f(k + jnp.int32(1), i, f, valid)
+
+    def put_partial_sums(self, k, j):
+        """Computes E^T r over the row blocks of this thread block."""
+        sums_ref = self.smem.partial_col_sums
+        sums_ref[buffer_of(k), j] = self.kernel.col_sums(j, self.smem.r)
+
+    def col_step(self, k, j):
+        """Computes c and g_{k+2}, or at the end c (E^T r)."""
+        smem, cluster = self.smem, self.cluster
+        if cluster.size > 1:
+            parts = smem.partial_col_sums
+            sums = cluster.sum_over_blocks(tiles.of_col_sums, parts, buffer_of(k), j)
+        else:
+            sums = self.kernel.col_sums(j, smem.r)
+
+        @pl.when(k + jnp.int32(1) < self.num_iters)
+        def _():
+            c = tiles.of_col_sums(smem.col_marginal, j) * reciprocal(sums)
+            smem.c[j] = c
+            valid = sums != 0
+            g = tiles.of_col_sums(smem.base_g, j) + jnp.log(jnp.where(valid, c, 1.0))
+            self.put_g(k + jnp.int32(2), j, g, valid)
+
+        if self.problem.return_marginal_error:
+
+            @pl.when(k + jnp.int32(1) == self.num_iters)
+            def _():
+                total = sums * tiles.of_col_sums(smem.c, j)
+
+                @cluster.if_owner(j, self.num_cols)
+                def _():
+                    self.outputs.col_sums[self.n, tiles.span(j)] = total
+
+    def put_f(self, k, i, f, valid):
+        """Stores f_k of a query block that this thread block owns."""
+        f = jnp.where(valid, f, -jnp.inf)
+        self.smem.f[i] = f
+        self.outputs.f[k, self.n, tiles.span(i)] = f
+
+    def put_g(self, k, j, g, valid):
+        """Stores g_k of a tile."""
+        g = jnp.where(valid, g, -jnp.inf)
+        self.smem.g[j] = g
+
+        @self.cluster.if_owner(j, self.num_cols)
+        def _():
+            self.outputs.g[k, self.n, tiles.span(j)] = g
+
+    def apply(self, i):
+        """Computes diag(r) E diag(c) V."""
+        value, value_tile = self.inputs.value, self.smem.value_tile
+        value_tile = self.smem.tiles[0] if value_tile is None else value_tile
+        r = tiles.of_rows(self.smem.r, i)
+
+        def accumulate(acc_ref):
+            def step(j, stage, nothing):
+                kernel = self.kernel.at(i, j)
+                c = tiles.along_cols(tiles.of_cols(self.smem.c, j), kernel)
+                # Exact rows before it is rounded keep float16 in range.
+                plan = kernel * tiles.along_rows(r, kernel) * c
+                tiles.add_product(acc_ref, plan, value_tile.at[stage])
+                return nothing
+
+            self.buffers._replace(tile=[value_tile]).over_tiles(
+                self.num_cols,
+                lambda j: [value.at[self.keys.head, tiles.span(j)]],
+                step,
+                jnp.int32(0),
+            )
+            return acc_ref[...]
+
+        accumulator = plgpu.WGMMAAccumulatorRef((TILE, value.shape[2]), jnp.float32)
+        self.outputs.out[self.n, tiles.span(i)] = pl.run_scoped(accumulate, accumulator)
+
+
+def buffer_of(k):
+    """Index of the partial column sums of iteration k.
+
+    Double buffer: another thread block may still read the sums of iteration k - 1.
+    Those of k - 2 are free: a barrier of the cluster has passed.
+    """
+    return jax.lax.rem(k, jnp.int32(2))

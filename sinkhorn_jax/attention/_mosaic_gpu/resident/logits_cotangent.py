@@ -1,10 +1,18 @@
-"""The last pass of the gradient in one launch, for heads that are held.
+"""The logits cotangent dZ of resident heads, and dQ, dK and dV from it, in one launch.
 
-A block of threads has a head and goes through its keys, tile by tile, and for each of
-them through all queries. The cotangent of the logits is made once for dq, dk and dv:
-those of the keys and values are sums over the queries, in registers, that of a query
-grows in shared memory. They come transposed, because then no operand of a product is.
+The equations are (6), (7) and (9) of docs/architecture.md, without the scale of (9). A
+thread block has a head, and one warpgroup. It goes through the keys tile by tile, and
+for each tile through all queries. A tile of dZ is computed once for all three results.
+dK and dV are sums over the queries, in registers; dQ accumulates in shared memory. dK
+and dV are computed transposed, which needs no transposed tile of dZ or P.
+
+`shared_memory.resident_logits_cotangent_scratch` lists what lies in shared memory.
+`key_barrier` has 5 arrivals, the copies of a key tile, and each of the `query_barrier`
+has 6, those of a query tile into its stage. The warpgroup starts all copies before it
+waits for them, and nobody else waits. So no wait is for ever.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,160 +21,135 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from ..._problem import Problem
-from ..blocks import Blocks, num_terms, whole_slots
-from ..correction import Correction, dlogits
-from ..smem_matrix import do_each
-from ..tiles import (
-    TILE,
-    Ref,
-    call_kernel,
-    load,
-    of_cols,
-    of_rows,
-    operand,
-    over_tiles,
-    product,
-    shared_head,
-    span,
+from .. import tiles
+from ..blocks import TILE, Blocks
+from ..buffers import Buffers
+from ..correction import logits_cotangent
+from ..launch import call_kernel, vector
+from ..loops import for_each
+from ..shared_memory import (
+    resident_logits_cotangent_scratch,
+    resident_logits_cotangent_stages,
 )
+from ..types import CorrectionTerms, PaddedOperands
 
 
-def pull_back_whole(
+def operand_cotangents(
     problem: Problem,
     blocks: Blocks,
-    terms: Correction,
-    query: Float[Array, "BN T H"],
-    key: Float[Array, "BK S H"],
-    value: Float[Array, "BK S D"],
+    terms: CorrectionTerms,
+    operands: PaddedOperands,
     dout: Float[Array, "BN T D"],
 ) -> tuple[Float[Array, "BN T H"], Float[Array, "BN S H"], Float[Array, "BN S D"]]:
-    """Products dZ key, dZ^T query and P^T dout."""
-    heads, tile, h, d = len(query), blocks.tile, query.shape[2], dout.shape[2]
-    groups, dtype = heads // key.shape[0], problem.dtype
-    num_rows, num_cols = blocks.num_row_tiles, blocks.num_col_tiles
-    num_slots = whole_slots(problem, blocks)
-    counts = num_terms(problem)
-    num_matrices, rank = len(counts), sum(counts)
-
-    def body(*refs: Ref):
-        # query [BN, T, H], query_t [BN, H, T], dout [BN, T, D], dout_t [BN, D, T], key
-        # [BK, S, H], key_t [BK, H, S], value_t [BK, D, S], f [BN, M, T], g [BN, M, S],
-        # left [BN, R, T], right [BN, R, S]; dq [BN, T, H], dk [BN, H, S], dv [BN, D,
-        # S]. Shared: the like in tiles, those of queries after an axis of slots; dq
-        # [T / tile, tile, H], dz and plan [tile, tile].
-        q_ref, q_t_ref, do_ref, do_t_ref, k_ref, k_t_ref, v_t_ref, *rest = refs
-        f_ref, g_ref, left_ref, right_ref, dq_ref, dk_ref, dv_ref, *rest = rest
-        q_tile, q_t_tile, do_tile, do_t_tile, k_tile, k_t_tile, v_t_tile, *rest = rest
-        f_tile, g_tile, left_tile, right_tile, dq_tile, dz_tile, p_tile, *rest = rest
-        col_barrier, barrier = rest
-        n = jax.lax.axis_index("program")
-        key_head = shared_head(n, groups)
-
-        def copies(i):
-            rows = span(i, tile)
-            return (
-                (q_ref.at[n, rows], q_tile),
-                (q_t_ref.at[n, :, rows], q_t_tile),
-                (do_ref.at[n, rows], do_tile),
-                (do_t_ref.at[n, :, rows], do_t_tile),
-                (f_ref.at[n, :, rows], f_tile),
-                (left_ref.at[n, :, rows], left_tile),
-            )
-
-        def start_dq(i):
-            dq_tile[i] = plgpu.layout_cast(jnp.zeros((tile, h), jnp.float32), TILE)
-
-        def of_keys(j):
-            cols = span(j, tile)
-            plgpu.commit_smem()  # All threads are done with the last ones.
-            load(
-                col_barrier,
-                [
-                    (k_ref.at[key_head, cols], k_tile),
-                    (k_t_ref.at[key_head, :, cols], k_t_tile),
-                    (v_t_ref.at[key_head, :, cols], v_t_tile),
-                    (g_ref.at[n, :, cols], g_tile),
-                    (right_ref.at[n, :, cols], right_tile),
-                ],
-            )
-
-            def accumulate(dk_acc_ref, dv_acc_ref):
-                def step(i, slot, nothing):
-                    def put_plan(plan):
-                        p_tile[...] = plan.astype(dtype)
-
-                    dz_tile[...] = dlogits(
-                        problem,
-                        product(q_tile.at[slot], k_t_tile),
-                        product(do_tile.at[slot], v_t_tile),
-                        lambda m: (of_rows(f_tile, slot, m), of_cols(g_tile, m)),
-                        lambda k: (of_rows(left_tile, slot, k), of_cols(right_tile, k)),
-                        put_plan,
-                    ).astype(dtype)
-                    # Ordinary writes become visible to the tensor cores.
-                    plgpu.commit_smem()
-                    plgpu.wgmma(dv_acc_ref, do_t_tile.at[slot], p_tile)
-                    plgpu.wgmma(dk_acc_ref, q_t_tile.at[slot], dz_tile)
-                    plgpu.wgmma_wait(0)
-                    more = product(dz_tile, k_tile)
-                    # Each thread reads back what it has written itself.
-                    dq_tile[i] = plgpu.layout_cast(dq_tile[i], TILE) + more
-                    # All warps are done with dz and the plan.
-                    plgpu.commit_smem()
-                    return nothing
-
-                over_tiles(num_rows, num_slots, barrier, copies, step, jnp.int32(0))
-                return dk_acc_ref[...], dv_acc_ref[...]
-
-            dk_ref[n, :, cols], dv_ref[n, :, cols] = pl.run_scoped(
-                accumulate,
-                plgpu.WGMMAAccumulatorRef((h, tile), jnp.float32),
-                plgpu.WGMMAAccumulatorRef((d, tile), jnp.float32),
-            )
-
-        def end_dq(i):
-            dq_ref[n, span(i, tile)] = plgpu.layout_cast(dq_tile[i], TILE)
-
-        do_each(num_rows, start_dq)
-        do_each(num_cols, of_keys)
-        do_each(num_rows, end_dq)
-
-    def vectors(*shape):
-        return plgpu.SMEM((*shape, tile), jnp.float32)
-
-    def result(*shape):
-        return jax.ShapeDtypeStruct((heads, *shape), jnp.float32)
-
-    dq, dk_t, dv_t = call_kernel(
-        body,
+    """Products dZ K, dZ^T Q and P^T dO, for each query head."""
+    query, key, value, *_ = operands
+    heads, h, d = len(query), query.shape[2], dout.shape[2]
+    num_stages = resident_logits_cotangent_stages(problem, blocks)
+    results = call_kernel(
+        functools.partial(_kernel, problem, num_stages),
         "sinkhorn_attention_resident_pull_back",
         heads,
-        [result(blocks.rows, h), result(h, blocks.cols), result(d, blocks.cols)],
-        [
-            operand(num_slots, tile, h, dtype=dtype),
-            operand(num_slots, h, tile, dtype=dtype),
-            operand(num_slots, tile, d, dtype=dtype),
-            operand(num_slots, d, tile, dtype=dtype),
-            operand(tile, h, dtype=dtype),
-            operand(h, tile, dtype=dtype),
-            operand(d, tile, dtype=dtype),
-            vectors(num_slots, num_matrices),
-            vectors(num_matrices),
-            vectors(num_slots, rank),
-            vectors(rank),
-            operand(num_rows, tile, h, dtype=jnp.dtype("float32")),
-            operand(tile, tile, dtype=dtype),
-            operand(tile, tile, dtype=dtype),
-            plgpu.Barrier(num_arrivals=5),
-            plgpu.Barrier(num_arrivals=6, num_barriers=num_slots),
-        ],
-        query,
-        jnp.swapaxes(query, 1, 2),
-        dout,
-        jnp.swapaxes(dout, 1, 2),
-        key,
-        jnp.swapaxes(key, 1, 2),
-        jnp.swapaxes(value, 1, 2),
-        *terms,
+        inputs=dict(
+            query=query,  # [BN, T, H]
+            query_t=jnp.swapaxes(query, 1, 2),
+            dout=dout,  # [BN, T, D]
+            dout_t=jnp.swapaxes(dout, 1, 2),
+            key=key,  # [BK, S, H]
+            key_t=jnp.swapaxes(key, 1, 2),
+            value_t=jnp.swapaxes(value, 1, 2),  # [BK, D, S]
+            terms=terms,
+        ),
+        results=dict(
+            dq=vector(heads, blocks.rows, h),
+            dk_t=vector(heads, h, blocks.cols),
+            dv_t=vector(heads, d, blocks.cols),
+        ),
+        scratch=resident_logits_cotangent_scratch(problem, blocks, num_stages),
     )
-    return dq, jnp.swapaxes(dk_t, 1, 2), jnp.swapaxes(dv_t, 1, 2)
+    dk, dv = jnp.swapaxes(results.dk_t, 1, 2), jnp.swapaxes(results.dv_t, 1, 2)
+    return results.dq, dk, dv
+
+
+def _kernel(problem, num_stages, inputs, results, smem):
+    num_rows, num_cols = inputs.query.shape[1] // TILE, inputs.key.shape[1] // TILE
+    buffers = Buffers(
+        [smem.key, smem.key_t, smem.value_t, smem.g, smem.right],
+        [smem.query, smem.query_t, smem.dout, smem.dout_t, smem.f, smem.left],
+        smem.key_barrier,
+        smem.query_barrier,
+        num_stages,
+    )
+    n = jax.lax.axis_index("program")
+    key_head = tiles.key_head_of(n, inputs.query.shape[0] // inputs.key.shape[0])
+
+    def query_tile(i):
+        rows = tiles.span(i)
+        return (
+            inputs.query.at[n, rows],
+            inputs.query_t.at[n, :, rows],
+            inputs.dout.at[n, rows],
+            inputs.dout_t.at[n, :, rows],
+            inputs.terms.f.at[n, :, rows],
+            inputs.terms.left.at[n, :, rows],
+        )
+
+    def start_dq(i):
+        zeros = jnp.zeros(smem.dq.shape[1:], jnp.float32)
+        smem.dq[i] = plgpu.layout_cast(zeros, tiles.TILE_LAYOUT)
+
+    def step(accs, i, stage, nothing):
+        def put_plan(plan):
+            smem.plan[...] = plan.astype(problem.dtype)
+
+        smem.dz[...] = logits_cotangent(
+            problem,
+            tiles.product(smem.query.at[stage], smem.key_t),
+            tiles.product(smem.dout.at[stage], smem.value_t),
+            lambda m: (tiles.of_rows(smem.f, stage, m), tiles.of_cols(smem.g, m)),
+            lambda k: (
+                tiles.of_rows(smem.left, stage, k),
+                tiles.of_cols(smem.right, k),
+            ),
+            put_plan,
+        ).astype(problem.dtype)
+        # The tensor cores see what the threads have written.
+        plgpu.commit_smem()
+        dk_acc_ref, dv_acc_ref = accs
+        plgpu.wgmma(dv_acc_ref, smem.dout_t.at[stage], smem.plan)
+        plgpu.wgmma(dk_acc_ref, smem.query_t.at[stage], smem.dz)
+        plgpu.wgmma_wait(0)
+        more = tiles.product(smem.dz, smem.key)
+        # Each thread reads back what it has written itself.
+        smem.dq[i] = plgpu.layout_cast(smem.dq[i], tiles.TILE_LAYOUT) + more
+        # All warps have read dz and the plan.
+        plgpu.commit_smem()
+        return nothing
+
+    def over_queries(j):
+        cols = tiles.span(j)
+        plgpu.commit_smem()  # All threads have read the last key tile.
+        buffers.load(
+            inputs.key.at[key_head, cols],
+            inputs.key_t.at[key_head, :, cols],
+            inputs.value_t.at[key_head, :, cols],
+            inputs.terms.g.at[n, :, cols],
+            inputs.terms.right.at[n, :, cols],
+        )
+
+        def accumulate(*accs):
+            step_of_key_tile = functools.partial(step, accs)
+            buffers.over_tiles(num_rows, query_tile, step_of_key_tile, jnp.int32(0))
+            return [acc[...] for acc in accs]
+
+        results.dk_t[n, :, cols], results.dv_t[n, :, cols] = pl.run_scoped(
+            accumulate,
+            plgpu.WGMMAAccumulatorRef((inputs.query.shape[2], TILE), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((inputs.dout.shape[2], TILE), jnp.float32),
+        )
+
+    def end_dq(i):
+        results.dq[n, tiles.span(i)] = plgpu.layout_cast(smem.dq[i], tiles.TILE_LAYOUT)
+
+    for_each(num_rows, start_dq)
+    for_each(num_cols, over_queries)
+    for_each(num_rows, end_dq)

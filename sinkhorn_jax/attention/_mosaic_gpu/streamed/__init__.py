@@ -1,1 +1,1 @@
-"""Kernels that pass over the kernel matrix strip by strip, one launch a pass."""
+"""A launch for each pass over the plan: heads that shared memory cannot hold."""
