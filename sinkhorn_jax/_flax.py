@@ -1,23 +1,24 @@
-"""What a Flax layer's attention needs beyond the op; arrays only, no Flax.
+"""Attention as Flax's layers call it: batch axes, masks, padding, and the plan itself.
 
-That is any number of batch axes, refusal of causal masks, padding known by lengths, and
-on request the plan itself.
+This module handles arrays only and does not import Flax.
 """
 
 import dataclasses
 import warnings
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Gradient
-from ._core.iteration import Finish
-from ._core.options import Options
-from ._core.precision import PRECISION, accum_dtype
-from .attention._api import CAUSAL, AttentionImplementation, attend, check_scale
+from ._core.options import Finish, Options
+from .attention._api import AttentionImplementation, attend, prepare
+from .attention._problem import Dropout
+from .attention._reference import explicit_logits
+from .attention._validate import CAUSAL, check_scale
 from .matrix import sinkhorn
 
 SINGLE_QUERY: Final = (
@@ -26,129 +27,107 @@ SINGLE_QUERY: Final = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Normaliser:
-    """How logits become a plan."""
+class LayerMask(NamedTuple):
+    """What a multi-head layer passes to its `attention_fn` in place of the mask."""
 
-    options: Options
-    scale: float | None
-    implementation: AttentionImplementation | None
-
-
-def normaliser(
-    num_iters: int,
-    scale: float | None,
-    finish: Finish,
-    gradient: Gradient,
-    implementation: AttentionImplementation | None,
-) -> Normaliser:
-    """Checks what it can where a layer is made, before anything is traced."""
-    scale = None if scale is None else check_scale(scale)
-    return Normaliser(Options(num_iters, finish, gradient), scale, implementation)
-
-
-class Operands(NamedTuple):
-    """What the plan is made of. *batch is any number of axes."""
-
-    query: Float[Array, "*batch T N H"]
-    key: Float[Array, "*batch S K H"]
-    bias: Float[Array, "..."] | None = None  # These two broadcast to *batch N T S.
-    mask: Bool[Array, "..."] | None = None
+    mask: Array | None
     query_seq_lengths: Integer[Array, "..."] | None = None  # Broadcast to *batch.
     key_value_seq_lengths: Integer[Array, "..."] | None = None
+    sow_error: Callable[[Array], Any] | None = None
+
+    def of_self_attention(self) -> "LayerMask":
+        """Mask and lengths for self-attention: queries and keys are the same tokens.
+
+        Lengths of the keys that are not given are those of the queries, and a mask of
+        the keys alone excludes the queries of the same tokens too.
+        """
+        mask, lengths = self.mask, self.key_value_seq_lengths
+        if lengths is None:
+            lengths = self.query_seq_lengths
+        if mask is not None:
+            mask = jnp.atleast_2d(jnp.asarray(mask).astype(bool))
+            if mask.shape[-2] == 1:
+                mask = mask & jnp.swapaxes(mask, -1, -2)
+        return self._replace(mask=mask, key_value_seq_lengths=lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """How logits become a plan; checked where a layer is made, before any tracing."""
+
+    num_iters: int
+    scale: float | None
+    finish: Finish
+    gradient: Gradient
+    implementation: AttentionImplementation | None
+
+    def __post_init__(self):
+        _ = self.iteration  # Made for its checks.
+        if self.scale is not None:
+            object.__setattr__(self, "scale", check_scale(self.scale))
 
     @property
-    def batch(self) -> tuple[int, ...]:
-        """The batch axes' sizes."""
-        return self.query.shape[:-3]
+    def iteration(self) -> Options:
+        """The options of the iteration."""
+        return Options(self.num_iters, self.finish, self.gradient)
 
+    def attend(
+        self,
+        query: Float[Array, "*batch T N H"],
+        key: Float[Array, "*batch S K H"],
+        value: Float[Array, "*batch S K D"],
+        bias: Float[Array, "..."] | None,
+        mask: Array | LayerMask | None,
+        dropout: Dropout,
+        sow_plan: Callable[[Array], Any] | None,
+        is_causal: bool = False,
+    ) -> Float[Array, "*batch T N D"]:
+        """The plan times the values. *batch is any number of axes.
 
-class Dropout(NamedTuple):
-    """Of the plan's entries."""
+        Bias and mask broadcast to (*batch, N, T, S). `sow_plan` is called with the plan
+        of that shape, without dropout, made from explicit logits.
+        """
+        masks = mask if isinstance(mask, LayerMask) else LayerMask(mask)
+        mask, *lengths, sow_error = masks
+        if mask is not None:
+            _check_mask(mask, query.shape[-3], key.shape[-3])
+            mask = jnp.asarray(mask).astype(bool)
+        batch = query.shape[:-3]
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        bias = _with_one_batch_axis("bias", bias, batch)
+        mask = _with_one_batch_axis("mask", mask, batch)
+        query_seq_lengths, key_value_seq_lengths = (
+            None if x is None else jnp.broadcast_to(x, batch).reshape(-1)
+            for x in lengths
+        )
+        problem, operands = prepare(
+            (query, key, value, bias, mask),
+            (query_seq_lengths, key_value_seq_lengths),
+            options=self.iteration,
+            dropout=dropout,
+            scale=self.scale,
+            is_causal=is_causal,
+            return_marginal_error=sow_error is not None,
+        )
+        out, error = attend(problem, operands, self.implementation)
+        if sow_plan is not None:
+            plan = self._plan(explicit_logits(problem, operands))
+            sow_plan(plan.reshape(*batch, *plan.shape[1:]))
+        if sow_error is not None and error is not None:
+            sow_error(error.reshape(*batch, error.shape[-1]))
+        return out.reshape(*batch, *out.shape[1:])
 
-    rate: float = 0.0
-    rng: Array | None = None
-    is_broadcast: bool = False  # The same for all batch elements and heads.
-
-
-def apply_plan(
-    how: Normaliser,
-    operands: Operands,
-    value: Float[Array, "*batch S K D"],
-    *,
-    dropout: Dropout = Dropout(),  # noqa: B008 - immutable.
-    is_causal: bool = False,
-    return_marginal_error: bool = False,
-) -> tuple[Float[Array, "*batch T N D"], Float[Array, "*batch N"] | None]:
-    """Output and, on request, marginal error, by the op."""
-    query, key, bias, mask, query_seq_lengths, key_value_seq_lengths = operands
-    batch = operands.batch
-    if mask is not None:
-        _check_mask(mask, query.shape[-3], key.shape[-3])
-    out, error = attend(
-        query.reshape(-1, *query.shape[-3:]),
-        key.reshape(-1, *key.shape[-3:]),
-        value.reshape(-1, *value.shape[-3:]),
-        _flat("bias", bias, batch),
-        _flat("mask", mask, batch),
-        options=how.options,
-        scale=how.scale,
-        is_causal=is_causal,
-        query_seq_lengths=_flat_lengths(query_seq_lengths, batch),
-        key_value_seq_lengths=_flat_lengths(key_value_seq_lengths, batch),
-        dropout_rate=dropout.rate,
-        dropout_rng=dropout.rng,
-        broadcast_dropout=dropout.is_broadcast,
-        implementation=how.implementation,
-        return_marginal_error=return_marginal_error,
-    )
-    if error is not None:
-        error = error.reshape(*batch, error.shape[-1])
-    return out.reshape(*batch, *out.shape[1:]), error
-
-
-def make_plan(how: Normaliser, operands: Operands) -> Float[Array, "*batch N T S"]:
-    """What `apply_plan` applies to the values before dropout, from explicit logits."""
-    query, key, bias, mask, *lengths = operands
-    dtype = accum_dtype(query.dtype)
-    scale = query.shape[-1] ** -0.5 if how.scale is None else how.scale
-    query, key = query.astype(dtype) * scale, key.astype(dtype)
-    key = jnp.repeat(key, query.shape[-2] // key.shape[-2], axis=-2)
-    logits = jnp.einsum("...tnh,...snh->...nts", query, key, precision=PRECISION)
-    if bias is not None:
-        logits = logits + _with_axes(bias.astype(dtype), logits.ndim)
-    where = jnp.ones((1,) * logits.ndim, bool)
-    if mask is not None:
-        where = where & _with_axes(mask, logits.ndim)
-    for valid_until, axis in zip(lengths, (-2, -1), strict=True):
-        if valid_until is not None:
-            position = jnp.arange(logits.shape[axis], dtype=jnp.int32)
-            position = jnp.expand_dims(position, -3 - axis)  # [T, 1] or [S].
-            last = jnp.broadcast_to(valid_until, operands.batch).astype(jnp.int32)
-            where = where & (
-                _with_axes(position, logits.ndim) < last[..., None, None, None]
-            )
-    return sinkhorn(
-        logits,
-        how.options.num_iters,
-        where=where,
-        finish=how.options.finish,
-        gradient=how.options.gradient,
-        # Explicit logits exist whatever attends; forward mode needs "reference".
-        implementation="reference" if how.implementation == "reference" else None,
-    )
-
-
-def for_both_sides(mask: Bool[Array, "... S"]) -> Bool[Array, "... S S"]:
-    """The mask; one of the keys alone excludes the queries of the same tokens too.
-
-    For self-attention, where queries and keys are the same tokens.
-    """
-    is_of_keys = mask.ndim < 2 or mask.shape[-2] == 1
-    if not is_of_keys:
-        return mask
-    mask = _with_axes(mask, max(2, mask.ndim))
-    return mask & jnp.swapaxes(mask, -1, -2)
+    def _plan(self, logits):
+        # `sinkhorn` has no "streaming", and its kernels take small matrices only.
+        # Forward mode needs "reference".
+        name = "reference" if self.implementation == "reference" else None
+        return sinkhorn(
+            logits,
+            self.num_iters,
+            finish=self.finish,
+            gradient=self.gradient,
+            implementation=name,
+        )
 
 
 def _check_mask(mask, t, s):
@@ -164,13 +143,13 @@ def _check_mask(mask, t, s):
         )
     if isinstance(mask, Tracer) or t != s or mask.shape[-2:] != (t, s):
         return
-    allowed = np.asarray(mask).reshape(-1, t, s).any(axis=0)
+    allowed = np.asarray(mask).astype(bool).reshape(-1, t, s).any(axis=0)
     if np.tril(allowed, -1).any() and not np.triu(allowed, 1).any():
         raise ValueError(CAUSAL.format("A causal mask"))
 
 
-def _flat(name, x, batch):
-    """(*batch, N, T, S) with broadcast axes to (B or 1, N, T, S)."""
+def _with_one_batch_axis(name, x, batch):
+    """(*batch, N, T, S) with broadcast axes as (B or 1, N, T, S)."""
     if x is None or x.ndim <= 3:
         return x
     lead, rest = x.shape[:-3], x.shape[-3:]
@@ -182,12 +161,3 @@ def _flat(name, x, batch):
             f"got shape {x.shape}."
         )
     return jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)
-
-
-def _flat_lengths(lengths, batch):
-    return None if lengths is None else jnp.broadcast_to(lengths, batch).reshape(-1)
-
-
-def _with_axes(x, ndim):
-    """With leading axes, which strict rank promotion does not add by itself."""
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape)

@@ -1,26 +1,19 @@
 """Sinkhorn attention for Flax linen."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
-from ._core.iteration import Finish
-from ._flax import (
-    SINGLE_QUERY,
-    Dropout,
-    Operands,
-    apply_plan,
-    for_both_sides,
-    make_plan,
-    normaliser,
-)
+from ._core.options import Finish
+from ._flax import SINGLE_QUERY, LayerMask, PlanOptions
 from .attention._api import AttentionImplementation
+from .attention._problem import Dropout
 
 
 def attention_fn(
@@ -35,46 +28,29 @@ def attention_fn(
 
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn(10))
 
-    The layer's parameters stay those of softmax attention. Any number of leading batch
-    axes; masks of any dtype, nonzero where a query may attend. A mask made by
-    `nn.make_attention_mask(valid, valid)` leaves padded queries and keys out of the
-    plan; a mask of the keys alone leaves padded queries in, and they pour mass into the
-    columns: where queries are as many as keys, that warns. Dropout acts on the plan,
-    one mask for all batch elements and heads with `broadcast_dropout`. With
-    `sow_weights` the plan is sown as "attention_weights". The product with the values
-    is always accumulated in float32 at least, whatever `precision` and
-    `force_fp32_for_softmax` say.
+    Arguments, masks, dropout, sown weights and errors are those of
+    `sinkhorn_jax.nnx.attention_fn`. Products with the values are accumulated in float32
+    at least, whatever `precision` and `force_fp32_for_softmax` say.
 
     Args:
         num_iters: Sinkhorn iterations; 0 is softmax attention.
-        scale: Of the logits; default 1/sqrt(H).
-        finish: As in `sinkhorn_attention`.
-        gradient: As in `sinkhorn_attention`.
-        implementation: As in `sinkhorn_attention`.
+        scale: Multiplies the products of queries and keys; default 1/sqrt(H).
+        finish: As in `sinkhorn_attention`; likewise the arguments after it.
+        gradient: The derivative.
+        implementation: The implementation.
 
     Returns:
         A function with the arguments of `nn.dot_product_attention`.
-
-    Raises:
-        TypeError: As for `sinkhorn_attention`, here or at the call.
-        ValueError: As for `sinkhorn_attention`. At the call also for a causal mask, and
-            for a masked single query, as in decoding, the plan of which is uniform
-            whatever the logits. A causal mask is recognised where its values are known:
-            a traced one, under `jit` as an argument, cannot be examined.
     """
-    return _attention_fn(normaliser(num_iters, scale, finish, gradient, implementation))
+    plan_options = PlanOptions(num_iters, scale, finish, gradient, implementation)
 
-
-def _attention_fn(
-    how, query_seq_lengths=None, key_value_seq_lengths=None, sow_error=None
-):
     # Flax passes the arguments that this signature names.
     def sinkhorn_attention_fn(
         query: Float[Array, "*batch T N H"],
         key: Float[Array, "*batch S N H"],
         value: Float[Array, "*batch S N D"],
         bias: Float[Array, "..."] | None = None,
-        mask: Array | None = None,
+        mask: Array | LayerMask | None = None,
         broadcast_dropout: bool = True,
         dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
@@ -83,34 +59,25 @@ def _attention_fn(
         module: nn.Module | None = None,
     ) -> Float[Array, "*batch T N D"]:
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        if mask is not None:
-            mask = jnp.asarray(mask).astype(bool)
-        operands = Operands(
-            query, key, bias, mask, query_seq_lengths, key_value_seq_lengths
-        )
         rate = 0.0 if deterministic else dropout_rate
-        out, error = apply_plan(
-            how,
-            operands,
-            value,
-            dropout=Dropout(rate, dropout_rng, broadcast_dropout),
-            return_marginal_error=sow_error is not None,
-        )
-        if module is not None:
-            module.sow("intermediates", "attention_weights", make_plan(how, operands))
-        if sow_error is not None:
-            sow_error(error)
-        return out
+        dropout = Dropout(rate, dropout_rng, broadcast_dropout)
+        sow_plan = None if module is None else _sow(module, "attention_weights")
+        return plan_options.attend(query, key, value, bias, mask, dropout, sow_plan)
 
     return sinkhorn_attention_fn
+
+
+def _sow(module, name):
+    return functools.partial(module.sow, "intermediates", name)
 
 
 class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     """Multi-head attention whose weights are doubly stochastic.
 
-    Its attributes, parameters and call are those of `nn.MultiHeadDotProductAttention`,
-    so that parameters trained with either load into the other, with what Sinkhorn adds.
-    `attention_fn` is no attribute to set, and `decode=True` is refused at the call: the
+    It has the attributes, parameters and call of `nn.MultiHeadDotProductAttention`, and
+    attributes for Sinkhorn besides. Parameters trained with either layer load into the
+    other.
+    `attention_fn` cannot be set, and `decode=True` is refused at the call, because the
     plan of a single query is uniform. `inputs_kv`, which Flax deprecates, is left out.
 
     Padding is best given as sequence lengths, which never become a (T, S) array. In
@@ -119,11 +86,11 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     (B, 1, 1, S)) excludes the padded queries as well.
 
     Attributes:
-        num_iters: Sinkhorn iterations; 0 is softmax attention.
-        scale: Of the logits; default 1/sqrt(H).
-        finish: As in `sinkhorn_attention`.
-        gradient: As in `sinkhorn_attention`.
-        implementation: As in `sinkhorn_attention`.
+        num_iters: As in `attention_fn`; likewise the four attributes after it.
+        scale: The inverse temperature.
+        finish: The last half step.
+        gradient: The derivative.
+        implementation: The implementation.
     """
 
     attention_fn: None = dataclasses.field(default=None, init=False, repr=False)
@@ -148,57 +115,40 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
         sow_weights: bool = False,
         sow_marginal_error: bool = False,
     ) -> Float[Array, "*batch T O"]:
-        """Attend.
+        """Attended values of the inputs, after the output projection.
+
+        Shapes, result and errors are those of
+        `sinkhorn_jax.nnx.MultiHeadSinkhornAttention`. What is sown goes into the
+        collection "intermediates".
 
         Args:
-            inputs_q: Tokens that ask. F features.
-            inputs_k: Tokens that are attended to; None for `inputs_q`.
-            inputs_v: What they hand over; None for `inputs_k`.
-            mask: Of any dtype, nonzero where a query may attend to a key; broadcasts to
-                (*batch, N, T, S).
-            query_seq_lengths: Valid tokens of `inputs_q`; broadcasts to *batch.
-            key_value_seq_lengths: Valid tokens of `inputs_k`. Given without the other,
-                all queries count as valid.
+            inputs_q: Tokens that become queries.
+            inputs_k: Tokens that become keys; None for `inputs_q`.
+            inputs_v: Tokens that become values; None for `inputs_k`.
+            mask: Nonzero where a query may attend to a key.
+            query_seq_lengths: Valid tokens of `inputs_q`.
+            key_value_seq_lengths: Valid tokens of `inputs_k`.
             deterministic: Whether to leave dropout out.
-            dropout_rng: Instead of the module's own "dropout" key.
-            sow_weights: Sow the plan (*batch, N, T, S) as "attention_weights" into
-                "intermediates". It is made from explicit logits.
-            sow_marginal_error: Likewise the marginal error (*batch, N), as
-                "marginal_error"; see `sinkhorn_attention`.
-
-        Returns:
-            The attended values after the output projection. O output features.
-
-        Raises:
-            TypeError: As for `sinkhorn_attention`.
-            ValueError: As for `attention_fn`, and for `decode=True`.
+            dropout_rng: Key to use instead of the module's own "dropout" key.
+            sow_weights: Sow the plan as "attention_weights".
+            sow_marginal_error: Sow the marginal error as "marginal_error".
         """
         if self.decode:
             raise ValueError(SINGLE_QUERY.format("decode=True"))
-        how = normaliser(
-            self.num_iters, self.scale, self.finish, self.gradient, self.implementation
-        )
-        if inputs_k is None:
-            mask = (
-                None if mask is None else for_both_sides(jnp.asarray(mask).astype(bool))
-            )
-            if key_value_seq_lengths is None:
-                key_value_seq_lengths = query_seq_lengths
-
-        def sow_error(error):
-            self.sow("intermediates", "marginal_error", error)
-
+        sow_error = _sow(self, "marginal_error") if sow_marginal_error else None
+        masks = LayerMask(mask, query_seq_lengths, key_value_seq_lengths, sow_error)
         layer = nn.MultiHeadDotProductAttention(
             **{
                 field.name: getattr(self, field.name)
                 for field in dataclasses.fields(nn.MultiHeadDotProductAttention)
                 if field.name not in ("parent", "name", "attention_fn")
             },
-            attention_fn=_attention_fn(
-                how,
-                query_seq_lengths,
-                key_value_seq_lengths,
-                sow_error if sow_marginal_error else None,
+            attention_fn=attention_fn(
+                self.num_iters,
+                scale=self.scale,
+                finish=self.finish,
+                gradient=self.gradient,
+                implementation=self.implementation,
             ),
         )
         nn.share_scope(self, layer)
@@ -206,7 +156,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             inputs_q,
             inputs_k,
             inputs_v,
-            mask=mask,
+            mask=masks.of_self_attention() if inputs_k is None else masks,
             deterministic=deterministic,
             dropout_rng=dropout_rng,
             sow_weights=sow_weights,

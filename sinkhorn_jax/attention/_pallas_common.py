@@ -1,4 +1,4 @@
-"""What the kernels of every platform have in common."""
+"""Shared parts of the attention kernels of all platforms."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,7 +8,7 @@ from ._problem import Problem
 
 
 def why_not_options(problem: Problem) -> str | None:
-    """What of the options no kernel takes, or None."""
+    """The first option of the problem that no kernel takes, as a reason, or None."""
     if problem.has_bias or problem.has_mask:
         name = "bias" if problem.has_bias else "mask"
         return f"it takes sequence lengths but no {name}"
@@ -22,22 +22,22 @@ def why_not_options(problem: Problem) -> str | None:
 
 
 def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 for padding, which is where the sum is 0 and nowhere else."""
+    """1 / x; 0 where x is 0, which a sum is for padding only."""
     return jnp.where(x == 0, 0.0, 1 / jnp.where(x == 0, 1.0, x))
 
 
-def to_unit(
+def to_unit_by_head(
     dout: Float[Array, "B T N D"],
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B 1 N 1"]]:
-    """Cotangents of order 1, and what they were divided by, for every head.
+    """Cotangents of order 1, and the power of 2 that each head was divided by.
 
-    The pull-back is linear; a large cotangent must not take factors out of range, and a
-    small one must not be lost in float16. A power of 2 rounds nothing.
+    The backward pass is linear in the cotangent. A large one must not take factors out
+    of range, and a small one must not be lost in float16. Powers of 2 round nothing.
     """
     top = jnp.abs(dout).max(axis=(1, 3), keepdims=True).astype(jnp.float32)
     _, exponent = jnp.frexp(jnp.where((top > 0) & jnp.isfinite(top), top, 1.0))
-    exponent = jnp.minimum(exponent, 127)  # Of the largest power of 2 in float32.
-    # Two halves: a subnormal cotangent has no finite reciprocal.
+    exponent = jnp.minimum(exponent, 127)  # The largest power of 2 in float32.
+    # In two steps, because the reciprocal of a subnormal number is not finite.
     half = exponent // 2
     x = dout.astype(jnp.float32)
     for part in (half, exponent - half):

@@ -1,10 +1,10 @@
-"""Rank collapse and entropy collapse: measured, bounded, and Sinkhorn's rate.
+"""Rank collapse and entropy collapse: measures, bounds, and Sinkhorn's rate.
 
 Attention averages tokens, so with depth they approach one another (rank collapse), and
-its weights may come to rest on single tokens (entropy collapse). These are pure
+its weights may concentrate on single tokens (entropy collapse). These are pure
 functions of arrays, for jit, vmap and both modes of differentiation; leading axes are
-batch. They compute and return in the input's dtype, or in float32 where that is
-narrower.
+batch. They compute and return in the input's dtype, or in float32 if that is wider.
+They raise TypeError for a dtype and ValueError for a shape or a name that do not fit.
 """
 
 from ._bounds import Normaliser as Normaliser

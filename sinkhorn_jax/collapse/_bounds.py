@@ -1,12 +1,12 @@
 r"""Upper bounds on the residual after attention.
 
 A layer of self-attention maps tokens X [T, D] to $\sum_h P_h X W_h$ with row-stochastic
-plans $P_h$ and $W_h = W_V W_O$ of head h. Below $R = residual(X)$, with spectral norm r
-unless said otherwise, n = T, $A = W_Q W_K^\top$, d the head dimension, C the centring
-matrix and c the column sums of a plan, which total n.
+plans $P_h$ and $W_h = W_V W_O$ of head h. Below, $R = residual(X)$ has spectral norm
+r unless said otherwise, n = T, $A = W_Q W_K^\top$, d is the head dimension, C the
+centring matrix, and c the column sums of a plan, which total n.
 
-Bounds over depth fall doubly exponentially, below any float, and are logarithms. All
-hold for exact arithmetic and leave skips, MLPs and LayerNorm out.
+Bounds over depth decrease doubly exponentially, below every float, so they are
+logarithms. All bounds are for exact arithmetic, without skips, MLPs and LayerNorm.
 """
 
 from typing import Literal, get_args
@@ -25,18 +25,15 @@ Normaliser = Literal["softmax", "sinkhorn", "sinkhorn limit"]
 def log_deviation(
     plan: Float[Array, "*B T S"], where: Bool[Array, "*#B T"] | None = None
 ) -> Float[Array, "*B"]:
-    r"""How far a plan's rows are from equal: $\max_{ij} |\log (n P_{ij} / c_j)|$.
+    r"""Unevenness of a plan's rows, $\max_{ij} |\log (n P_{ij} / c_j)|$.
 
     Args:
-        plan: Nonnegative attention weights with rows that sum to 1. Any T and S.
+        plan: Nonnegative attention weights whose rows sum to 1. Any T and S.
         where: True where a row counts. Columns without mass are left out.
 
     Returns:
-        $\delta \ge 0$, 0 for equal rows; inf if a column holds both zeros and mass. The
-        gradient is that of the largest entry, and where the entry is 0 it is 0.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
+        $\delta \ge 0$; 0 for equal rows, inf if a column has both zeros and mass. The
+        gradient is that of the largest entry, and 0 where that is 0.
     """
     plan, where = prepare("plan", plan, where)
     count = where.sum(axis=-1).astype(plan.dtype)[..., None, None]
@@ -54,30 +51,27 @@ def column_sum_bound(
     value_norm: Float[Array, "*B"],
     where: Bool[Array, "*#B T"] | None = None,
 ) -> Float[Array, "*B"]:
-    r"""Bound on one head's residual by its plan's columns and evenness of rows.
+    r"""Bound on one head's residual, from its plan's column sums and evenness of rows.
 
     $$\|res(P X W)\|_2 \le
     (e^\delta - 1) \frac{\|c\|_2}{\sqrt{n}} \|W\|_2 \|res(X)\|_2$$
 
-    with $\delta$ of `log_deviation`. Assumes that rows of P sum to 1, nothing else: the
-    softmax and Sinkhorn differ in $\delta$ and in $\|c\|_2 / \sqrt{n}$, which is least,
-    1, for a doubly stochastic plan.
+    with $\delta$ from `log_deviation`. The only assumption is that the rows of P sum to
+    1. Softmax and Sinkhorn differ in $\delta$ and in $\|c\|_2 / \sqrt{n}$, whose least
+    value is 1, for a doubly stochastic plan.
 
     Proof: $P\mathbf{1} = \mathbf{1}$, so $res(P X W) = C P R W = C E R W$ with $E = P -
     \mathbf{1}c^\top / n$. Each $|E_{ij}| = (c_j / n) |n P_{ij} / c_j - 1| \le (c_j / n)
     (e^\delta - 1)$. Thus $\|E\|_2 \le \|E\|_F \le (e^\delta - 1) \|c\|_2 / \sqrt{n}$.
 
     Args:
-        plan: The attention weights. Also T keys other than S queries will do.
+        plan: The attention weights. T and S may differ.
         residual_norm: $\|res(X)\|_2$ of the tokens that are attended to.
-        value_norm: $\|W\|_2$, of all that is applied to the values.
+        value_norm: $\|W\|_2$ of the product of all matrices applied to the values.
         where: True where a row counts.
 
     Returns:
-        The bound on the spectral norm; inf if $\delta$ is.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
+        The bound on the spectral norm; inf if $\delta$ is inf.
     """
     delta = log_deviation(plan, where)
     plan, where = prepare("plan", plan, where)
@@ -97,7 +91,7 @@ def pure_attention_log_bound(
     normaliser: Normaliser,
     mean_norm: Float[Array, "*#B"] | None = None,
 ) -> Float[Array, "*B L+1"]:
-    r"""Bound over depth from the weights alone, for either normaliser.
+    r"""Bound on the residual after each layer, from the norms of the weights.
 
     With $r_l$ the bound on the residual before layer l, summed over heads,
 
@@ -136,26 +130,20 @@ def pure_attention_log_bound(
         value_norm: $\|W_h\|_2$, values and output projection multiplied.
         head_dim: d. Logits are divided by its root.
         num_tokens: n.
-        normaliser: What makes plans of logits. "sinkhorn limit" assumes exact
-            columns; with few iterations or large logits they are not.
+        normaliser: The function from logits to plans. "sinkhorn limit" assumes exact
+            columns; with few iterations or large logits they are not exact.
         mean_norm: $m_0 = \|\bar{x}\|$. None bounds the softmax's columns by n.
 
     Returns:
-        Natural logarithms for the input and after each layer; -inf where a norm is 0.
-
-    Raises:
-        ValueError: `normaliser` is unknown, or the shapes of the norms do not fit.
+        Natural logarithms of the bounds on the input and after each layer; -inf where a
+        norm is 0.
     """
-    if normaliser not in get_args(Normaliser):
-        raise ValueError(
-            f"Unknown normaliser {normaliser!r}; expected one of "
-            f"{get_args(Normaliser)}."
-        )
+    if normaliser not in (known := get_args(Normaliser)):
+        raise ValueError(f"Unknown normaliser {normaliser!r}; expected one of {known}.")
     log_residual, qk_norm, value_norm = _norms(log_residual, qk_norm, value_norm)
     log_n = jnp.log(jnp.asarray(num_tokens, log_residual.dtype))
     log_delta_0 = jnp.log(2.0 * head_dim**-0.5 * qk_norm)
     log_value = jnp.log(value_norm)
-    has_mean = mean_norm is not None
     log_mean = jnp.zeros_like(log_residual)
     if mean_norm is not None:
         log_mean = jnp.broadcast_to(jnp.log(mean_norm), log_residual.shape)
@@ -168,7 +156,7 @@ def pure_attention_log_bound(
             log_b = jnp.zeros_like(log_delta)
         elif normaliser == "sinkhorn":
             log_b = _exp_below(log_delta, log_n)
-        elif has_mean:
+        elif mean_norm is not None:
             # sqrt(2) (m + r) r |A| / sqrt(d).
             log_spread = log_scale + log_r - float(np.log(2.0)) / 2.0
             log_b = _exp_below(log_spread + jnp.logaddexp(log_m, log_r), log_n)
@@ -193,46 +181,39 @@ def dong_log_bound(
     head_dim: int,
     gamma: float = 1.0,
 ) -> Float[Array, "*B L+1"]:
-    r"""The bound of Dong et al. 2021 for softmax attention, layer by layer.
+    r"""The bound of Dong et al. 2021 on the residual after each layer, for the softmax.
 
     In their norm $\|X\|_{1,\infty} = \sqrt{\|X\|_1 \|X\|_\infty}$,
 
     $$\|res(SAN(X))\| \le (4 \gamma H \beta / \sqrt{d})^{(3^L-1)/2} \|res(X)\|^{3^L}$$
 
-    if $\|A\|_1 \|W\|_{1,\infty} \le \beta$ for H heads in L layers; here the sum of
-    heads stands for $H\beta$ and each layer has its own. $\gamma$ depends on attention
-    entries. Their residual is the least over all $X - \mathbf{1}x^\top$, at most that
-    of the mean, which is at most twice it.
+    if $\|A\|_1 \|W\|_{1,\infty} \le \beta$ for H heads in L layers; here the sum over
+    heads replaces $H\beta$, and each layer has its own. $\gamma$ depends on attention
+    entries. The residual in the paper is the least over all $X - \mathbf{1}x^\top$: at
+    most the one here, which subtracts the mean, and at least half of it.
 
-    Assumes small logits, $o_i = \max_{jk} |E_{ij} - E_{ik}| \le 1.256$ with
-    $E = R A R^\top / \sqrt{d}$. Beyond, and for too small a $\gamma$, it may fail.
+    The bound assumes small logits, $o_i = \max_{jk} |E_{ij} - E_{ik}| \le 1.256$ with
+    $E = R A R^\top / \sqrt{d}$. For larger logits or too small a $\gamma$ it may fail.
 
-    Proof sketch of a layer: let $w$ be the softmax of the part of the logits that is
-    constant along columns. Then $P_{ij} = w_j e^{\pm o_i}$ and $e^x \le 1 + 2x$ up to
-    1.256, so $|P - \mathbf{1}w^\top|_{ij} \le 2 o_i w_j$. With $\gamma^2 = \max_j w_j
-    \sum_i o_i / \max_i o_i$ this is $\|P - \mathbf{1}w^\top\|_{1,\infty} \le 2 \gamma
-    \max_i o_i \le 4 \gamma \|E\|_1$, and $\|E\|_1 \le \|A\|_1 \|R\|_{1,\infty}^2 /
-    \sqrt{d}$. So $\gamma \le \sqrt{n \max_j w_j}$: 1 where w is uniform. The same steps
-    serve Sinkhorn that ends on rows, whose column potential joins w.
+    With w the softmax of the part of the logits that is constant along columns, the
+    proof needs $\gamma^2 = \max_j w_j \sum_i o_i / \max_i o_i$, at most $n \max_j w_j$,
+    which is 1 where w is uniform. It holds for Sinkhorn that ends on rows too, with its
+    column potential in w.
 
     Args:
-        log_residual: $\log \|res(X)\|_{1,\infty}$ of the first layer's input.
-        qk_norm: $\|A_h\|_1$, the largest absolute column sum, of L layers and N heads.
-        value_norm: $\|W_h\|_{1,\infty}$, values and output projection multiplied.
-        head_dim: d. Logits are divided by its root.
-        gamma: $\gamma$, a parameter.
+        log_residual: As in `pure_attention_log_bound`, in the norm $1,\infty$.
+        qk_norm: Likewise, in the norm 1: the largest absolute column sum.
+        value_norm: Likewise, in the norm $1,\infty$.
+        head_dim: d.
+        gamma: $\gamma$.
 
     Returns:
-        Natural logarithms for the input and after each layer.
-
-    Raises:
-        ValueError: The shapes of the norms do not fit.
+        As in `pure_attention_log_bound`.
 
     Reference:
         Dong, Cordonnier and Loukas, 2021. https://arxiv.org/abs/2103.03404
     """
-    factor = 4.0 * head_dim**-0.5 * gamma
-    return _cubic(log_residual, qk_norm, value_norm, factor)
+    return _cubic(log_residual, qk_norm, value_norm, 4.0 * head_dim**-0.5 * gamma)
 
 
 def reported_log_bound(
@@ -243,30 +224,19 @@ def reported_log_bound(
     num_tokens: int,
     prefactor: float = 1.0,
 ) -> Float[Array, "*B L+1"]:
-    r"""A bound for Sinkhorn attention as reported second-hand of Lapenna et al. 2026.
+    r"""A bound for Sinkhorn attention, reported second-hand, of Lapenna et al. 2026.
 
     $$\|res(SA(X))\|_2 \le \lambda \beta (n^3 / d) \|res(X)\|_2^3$$
 
-    per head, heads added, iterated over layers. *Second-hand and unverified*: the
-    statement was not read in the paper, and no proof is given here. What $\lambda$ and
-    $\beta$ are was not reported; $\beta = \|A\|_2 \|W\|_2$ is this library's reading,
-    and $\lambda$ is the parameter `prefactor`. Its n^3 exceeds by orders of magnitude
-    what the cubic law of small residuals has, so that it is loose. Its power of d,
-    where logits have a root, makes it the smaller for large heads.
+    for each head, added over heads and iterated over layers. *Second-hand and
+    unverified*: the statement was not read in the paper, and no proof is given here.
+    What $\lambda$ and $\beta$ mean was not reported; $\beta = \|A\|_2 \|W\|_2$ is this
+    library's reading, and $\lambda$ is the parameter `prefactor`. The factor $n^3$,
+    which the cubic law of small residuals lacks, makes the bound loose. It decreases
+    with d, where logits decrease with $\sqrt{d}$, so it is smaller for large heads.
 
-    Args:
-        log_residual: $\log \|res(X)\|_2$ of the first layer's input.
-        qk_norm: $\|A_h\|_2$ of L layers and N heads.
-        value_norm: $\|W_h\|_2$, values and output projection multiplied.
-        head_dim: d.
-        num_tokens: n.
-        prefactor: $\lambda$.
-
-    Returns:
-        Natural logarithms for the input and after each layer.
-
-    Raises:
-        ValueError: The shapes of the norms do not fit.
+    Arguments and result are those of `pure_attention_log_bound`; `prefactor` is
+    $\lambda$.
 
     Reference:
         Lapenna, Fioresi and Gharesifard, 2026. https://arxiv.org/abs/2604.07925
@@ -297,17 +267,13 @@ def _norms(log_residual, qk_norm, value_norm):
         )
     batch = jnp.broadcast_shapes(log_residual.shape, qk_norm.shape[:-2])
     shape = (*batch, *qk_norm.shape[-2:])
-    broadcast = jnp.broadcast_to
-    return (
-        broadcast(log_residual, batch),
-        broadcast(qk_norm, shape),
-        broadcast(value_norm, shape),
-    )
+    qk_norm, value_norm = (jnp.broadcast_to(x, shape) for x in (qk_norm, value_norm))
+    return jnp.broadcast_to(log_residual, batch), qk_norm, value_norm
 
 
 def _log_expm1_below_one(log_delta):
     """The logarithm of min(exp(delta) - 1, 1), accurate for any small delta."""
-    # From delta = 1 on the minimum is 1 anyway, and exp would overflow.
+    # For larger delta the minimum is 1, and exp would overflow.
     delta = jnp.exp(jnp.minimum(log_delta, 0.0))
     is_positive = delta > 0.0
     safe = jnp.where(is_positive, delta, 1.0)
@@ -316,6 +282,6 @@ def _log_expm1_below_one(log_delta):
 
 
 def _exp_below(log_x, bound):
-    """The lesser of x, given as its logarithm, and a bound."""
+    """The smaller of x, given as its logarithm, and a bound."""
     log_bound = jnp.log(jnp.maximum(bound, float(jnp.finfo(bound.dtype).tiny)))
     return jnp.minimum(jnp.exp(jnp.minimum(log_x, log_bound)), bound)

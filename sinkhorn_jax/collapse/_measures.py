@@ -1,9 +1,10 @@
 """Measures of rank collapse and entropy collapse.
 
-`where` marks the tokens that count and broadcasts against the batch axes; the result is
-that of the array cropped to them, whatever the others hold, NaN and inf included, and 0
-if none counts. Gradients are finite for finite input; each docstring says what stands
-in where there is no derivative. Magnitudes below the smallest normal number count as 0.
+`where` marks the tokens that count and broadcasts against the batch axes. The result is
+that of the array cropped to these tokens, whatever the rest contains, NaN and inf
+included; it is 0 if no token counts. Gradients are finite for finite input; where there
+is no derivative, the docstring says what takes its place. Magnitudes below the smallest
+normal number count as 0.
 """
 
 from typing import Final, Literal, NamedTuple, get_args
@@ -19,9 +20,9 @@ NORMS: Final[tuple[Norm, ...]] = get_args(Norm)
 def residual(
     x: Float[Array, "*B T D"], where: Bool[Array, "*#B T"] | None = None
 ) -> Float[Array, "*B T D"]:
-    r"""What keeps the tokens apart: x minus its mean over tokens.
+    r"""The tokens minus their mean over tokens.
 
-    Equal tokens give exact zeros, and nearly equal ones keep their relative accuracy.
+    Equal tokens give exact zeros. Nearly equal tokens give accurate differences.
 
     Args:
         x: Tokens. B batch, T tokens, D features.
@@ -29,9 +30,6 @@ def residual(
 
     Returns:
         $x - \mathbf{1}\bar{x}^\top$, in x's units; 0 for tokens that do not count.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
     """
     x, where = prepare("x", x, where)
     return _residual(x, where)
@@ -42,9 +40,10 @@ def relative_residual(
     norm: Norm = "fro",
     where: Bool[Array, "*#B T"] | None = None,
 ) -> Float[Array, "*B"]:
-    r"""How far the tokens are from being equal: $\|residual(x)\| / \|x\|$.
+    r"""The relative residual $\|residual(x)\| / \|x\|$, which is 0 for equal tokens.
 
-    Free of scale. At most 1 in the Frobenius and the spectral norm.
+    It does not depend on the scale of x, and is at most 1 in the Frobenius and the
+    spectral norm.
 
     Args:
         x: Tokens. B batch, T tokens, D features.
@@ -53,11 +52,8 @@ def relative_residual(
         where: True where a token counts.
 
     Returns:
-        The ratio; 0 if all tokens are equal, and the gradient is 0 there. Where the
-        largest singular value or sum is repeated, the gradient uses a subgradient.
-
-    Raises:
-        TypeError, ValueError: `norm` is unknown, or a dtype or a shape does not fit.
+        The ratio. If all tokens are equal it is 0, and so is its gradient. Where the
+        largest singular value or sum is repeated, the gradient is a subgradient.
 
     Reference:
         Dong et al., 2021. https://arxiv.org/abs/2103.03404
@@ -75,18 +71,15 @@ def stable_rank(
 ) -> Float[Array, "*B"]:
     r"""The stable rank $\|x\|_F^2 / \|x\|_2^2$.
 
-    Small singular values hardly move it, unlike the rank, which bounds it from above.
+    Small singular values hardly change it. The rank bounds it from above.
 
     Args:
         x: Matrices. B batch, T tokens, D features.
         where: True where a token counts.
 
     Returns:
-        From 1 to min(T, D); 0 if x is zero, and the gradient is 0 there. Where the
-        largest singular value is repeated, the gradient follows one of them.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
+        A number from 1 to min(T, D). If x is zero it is 0, and so is its gradient.
+        Where the largest singular value is repeated, the gradient follows one of them.
 
     Reference:
         Rudelson and Vershynin, 2007. https://arxiv.org/abs/math/0503442
@@ -100,19 +93,16 @@ def effective_rank(
 ) -> Float[Array, "*B"]:
     r"""The effective rank $\exp(-\sum_k p_k \log p_k)$, $p = \sigma / \sum_k \sigma_k$.
 
-    It is n for n equal singular values $\sigma$ and falls smoothly as some vanish.
+    It is n for n equal singular values $\sigma$, and decreases smoothly as some vanish.
 
     Args:
         x: Matrices. B batch, T tokens, D features.
         where: True where a token counts.
 
     Returns:
-        From 1 to min(T, D); 0 if x is zero, and the gradient is 0 there. The slope at
-        a singular value of 0 is infinite, so the gradient leaves out those that
-        `numpy.linalg.matrix_rank` counts as 0.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
+        A number from 1 to min(T, D). If x is zero it is 0, and so is its gradient. The
+        slope at a singular value of 0 is infinite, so the gradient leaves out those
+        that `numpy.linalg.matrix_rank` counts as 0.
 
     Reference:
         Roy and Vetterli, The effective rank, EUSIPCO 2007.
@@ -124,7 +114,7 @@ def effective_rank(
 def attention_entropy(
     plan: Float[Array, "*B T S"], where: Bool[Array, "*#B T"] | None = None
 ) -> Float[Array, "*B"]:
-    r"""Mean over rows of $-\sum_j p_j \log p_j$, in nats.
+    r"""The entropy $-\sum_j p_j \log p_j$ in nats, averaged over the rows of a plan.
 
     It is $\log S$ for uniform attention and 0 for rows with a single entry.
 
@@ -134,11 +124,8 @@ def attention_entropy(
         where: True where a row counts.
 
     Returns:
-        The entropy; 0 if no row has mass. The slope at an entry of 0 is infinite, so
-        such entries get no gradient.
-
-    Raises:
-        TypeError, ValueError: A dtype or a shape does not fit.
+        The mean entropy; 0 if no row has mass. The slope at an entry of 0 is infinite,
+        so the gradient is 0 there.
 
     Reference:
         Zhai et al., 2023. https://arxiv.org/abs/2303.06296
@@ -153,31 +140,23 @@ def attention_entropy(
     return entropy.sum(axis=-1) / jnp.maximum(num_rows, 1.0)
 
 
-class TokenMeasures(NamedTuple):
-    """All measures of tokens."""
+def token_measures(
+    x: Array, where: Array | None = None
+) -> tuple[dict[Norm, Array], Array, Array]:
+    """Relative residuals by norm, stable rank and effective rank.
 
-    relative_residual: dict[Norm, Array]
-    stable_rank: Array
-    effective_rank: Array
-
-
-def of_tokens(x: Array, where: Array | None = None) -> TokenMeasures:
-    """What the functions above give one by one, from one SVD of x and one of its rest.
-
-    The spectral norms and both ranks are functions of singular values, which take
-    nearly all of the time.
+    They need one SVD of x and one of its residual, which take nearly all of the time.
     """
     unit, res = _with_residual(x, where)
     s, res_s = _values(unit), _values(res)
-    return TokenMeasures(
-        {norm: _relative_residual(norm, unit, s, res, res_s) for norm in NORMS},
-        _stable_rank(unit, s),
-        _effective_rank(unit, s),
-    )
+    residuals: dict[Norm, Array] = {
+        norm: _relative_residual(norm, unit, s, res, res_s) for norm in NORMS
+    }
+    return residuals, _stable_rank(unit, s), _effective_rank(unit, s)
 
 
 def prepare(name, x, where):
-    """Checks the arguments; x in its working dtype with zeros for excluded tokens."""
+    """The checked x, in its working dtype, 0 where tokens are excluded; and `where`."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -212,7 +191,7 @@ def prepare(name, x, where):
 
 
 class _Unit(NamedTuple):
-    """Matrices over a scale near their largest entry; ones where they are all 0."""
+    """Matrices divided by a scale near their largest entry; ones where all are 0."""
 
     x: Array
     scale: Array
@@ -229,8 +208,9 @@ def _residual(x, where):
     where = where[..., None]  # [..., T, 1]
     count = jnp.maximum(where.sum(axis=-2, keepdims=True), 1).astype(x.dtype)
     mean = lambda y: y.sum(axis=-2, keepdims=True) / count
-    # Any constant may be taken off first. The rounded mean makes the second mean exact
-    # to the size of the residual, not of x; the clip makes equal tokens exact zeros.
+    # Any constant may be subtracted first. With the rounded mean subtracted, the second
+    # mean is exact to the size of the residual, not of x. The clip makes equal tokens
+    # exact zeros.
     y = lax.stop_gradient(x)
     low = y.min(axis=-2, keepdims=True, where=where, initial=jnp.inf)
     high = y.max(axis=-2, keepdims=True, where=where, initial=-jnp.inf)
@@ -239,13 +219,13 @@ def _residual(x, where):
 
 
 def _to_unit(x):
-    # Squares then neither overflow nor vanish. A power of two rounds nothing, so equal
-    # tokens stay equal in every fusion. It may be a constant to derivatives: no result
-    # depends on it. Ones replace zero matrices, so that callers can divide and take
-    # roots, and select another result afterwards.
+    # Squares of these entries neither overflow nor vanish. A power of two rounds
+    # nothing, so equal tokens stay equal in every fusion. No result depends on the
+    # scale, so derivatives may take it for a constant. Ones replace zero matrices, for
+    # callers to divide and take roots, and to select another result afterwards.
     info = jnp.finfo(x.dtype)
     largest = jnp.abs(lax.stop_gradient(x)).max(axis=(-2, -1))
-    is_zero = largest < float(info.tiny)  # False for NaN, which goes on.
+    is_zero = largest < float(info.tiny)  # False for NaN, which is passed on.
     _, exponent = jnp.frexp(jnp.where(is_zero, 1.0, largest))
     # One less where 1 / scale would fall below the normal numbers.
     exponent = jnp.minimum(exponent, int(info.maxexp) - 1) - 1
@@ -254,7 +234,7 @@ def _to_unit(x):
     return _Unit(unit, scale, is_zero)
 
 
-# Below, s are the singular values; of the norms only the spectral one needs them.
+# In the functions below s are the singular values. Only the spectral norm needs them.
 def _relative_residual(norm, unit, s, res, res_s):
     ratio = res.scale * _norm(norm, res.x, res_s) / _norm(norm, unit.x, s)
     return jnp.where(unit.is_zero | res.is_zero, 0.0, ratio)
@@ -266,20 +246,21 @@ def _stable_rank(unit, s):
 
 
 def _effective_rank(unit, s):
-    # The value keeps what lies below: in float32 at 256 x 256, rounding alone adds less
-    # than 1e-3, but as many genuine values just under the floor are worth 8%.
+    # Only the gradient leaves out singular values below the floor. In float32 at
+    # 256 x 256 those that are rounding add less than 1e-3 to the rank, and genuine ones
+    # just below the floor up to 8%.
     floor = max(unit.x.shape[-2:]) * float(jnp.finfo(s.dtype).eps) * s[..., :1]
     s = jnp.where(s < floor, lax.stop_gradient(s), s)
     rank = jnp.exp(_entropy(s / s.sum(axis=-1, keepdims=True)))
     return jnp.where(unit.is_zero, 0.0, rank)
 
 
-# Singular values alone have the derivative d sigma = diag(U^T dX V), free of the
+# The derivative of singular values is d sigma = diag(U^T dX V), without the
 # 1 / (sigma_i^2 - sigma_j^2) of singular vectors. So it is finite at repeated and at
 # zero values, and exact there for symmetric functions of them: the gradient is
 # U diag(h'(sigma)) V^T. JAX's rule for svdvals is this one, and computes vectors only
-# when differentiated. Eigenvalues of x^T x would square the condition number, losing
-# in float32 all below 3e-4 of the largest, and took as long (256 x 256, CPU).
+# when differentiated. Eigenvalues of x^T x would square the condition number, and lose
+# in float32 all singular values below 3e-4 of the largest.
 def _values(unit):
     return jnp.linalg.svdvals(unit.x)  # [..., min(T, D)]
 

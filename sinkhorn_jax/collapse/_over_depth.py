@@ -1,4 +1,4 @@
-"""Measures of every layer in one call."""
+"""Measures of all layers of a network in one call."""
 
 import functools
 from typing import NamedTuple
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._measures import Norm, attention_entropy, of_tokens, relative_residual
+from ._measures import Norm, attention_entropy, relative_residual, token_measures
 
 
 class Measures(NamedTuple):
-    """Every measure of every layer, layers first. A pytree."""
+    """All measures of all layers, with the layers on the first axis. A pytree."""
 
     relative_residual: dict[Norm, Float[Array, " L *B"]]  # By norm.
     stable_rank: Float[Array, " L *B"]
@@ -28,33 +28,33 @@ def measures_over_depth(
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Measures:
-    """All measures of all layers, with two SVDs a matrix: of it and of its residual.
+    """All measures of all layers, with two SVDs for each matrix.
 
-    The functions of the same names give the same one by one, but each needs an SVD of
-    its own. Batch axes are vectorised and layers come one after another in one compiled
-    loop: the temporary memory is that of one layer, whatever the depth.
+    The functions of the same names give the same results, but each computes an SVD of
+    its own. Batch axes are vectorised, and one compiled loop goes through the layers:
+    the temporary memory is that of one layer, whatever the depth.
 
     Args:
         hidden_states: Tokens after each of L layers, stacked.
-        plans: Attention weights of K layers, stacked; K may differ from L, as where the
-            first hidden state is the embedding. Batch axes beyond those of the hidden
-            states, such as heads, stand right before the last two.
+        plans: Attention weights of K layers, stacked; K may differ from L, for instance
+            where the first hidden state is the embedding. Batch axes that the hidden
+            states do not have, such as heads, come right before the last two axes.
         where: True where a token counts, in all layers alike, and where the row of a
-            plan does, in all heads alike.
-        dtype: What to compute in and to return; None is as in the single functions.
-            Layers are converted one by one, so that float64, which needs
-            `jax.enable_x64`, takes no wider copy of all of them.
+            plan counts, in all heads alike.
+        dtype: Dtype of the computation and the results; None is as in the single
+            functions. Layers are converted one by one, so that float64, which needs
+            `jax.enable_x64`, does not need a wider copy of all layers.
 
     Returns:
         The measures; `relative_residual` in each norm.
 
     Raises:
-        TypeError, ValueError: As the single functions, or the depth axis is missing, or
-            `dtype` is not float32 or float64, or is float64 without x64.
+        TypeError, ValueError: As in the single functions, or the depth axis is missing,
+            or `dtype` is not float32 or float64, or is float64 without x64.
     """
     _check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
     cast = _cast_to(dtype)
-    tokens = lax.map(lambda x: of_tokens(cast(x), where), hidden_states)
+    tokens = lax.map(lambda x: token_measures(cast(x), where), hidden_states)
     if plans is None:
         return Measures(*tokens, attention_entropy=None)
     _check_depth("plans", plans, "Use plan[None] for a single layer.")
@@ -79,7 +79,7 @@ def residual_over_depth(
     norm: Norm = "fro",
     where: Bool[Array, "*#B T"] | None = None,
 ) -> Float[Array, " L *B"]:
-    """`relative_residual` of every layer: the curve of rank collapse over depth.
+    """The relative residual of every layer: the curve of rank collapse over depth.
 
     Args:
         hidden_states: Tokens after each of L layers, stacked.
@@ -87,10 +87,7 @@ def residual_over_depth(
         where: True where a token counts, in all layers alike.
 
     Returns:
-        The ratios, layers first.
-
-    Raises:
-        TypeError, ValueError: As `relative_residual`, or the depth axis is missing.
+        The ratios, with the layers on the first axis.
     """
     _check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
     return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)

@@ -1,317 +1,251 @@
 """Backward TPU kernel of Sinkhorn attention: the exact gradient, in closed form.
 
-With E_k the kernel matrix of the potentials of iteration k, diag omitted, the plans of
-the half steps are
+The equations are those of docs/architecture.md. With E_k the kernel matrix of the
+potentials after iteration k, the plans of the half steps are
 
-    row step k:       r_k E_k c_k              weight w_k, the cotangent of f_k
-    column step k+1:  r_k E_k c'_{k+1}         weight y_{k+1}, that of g_{k+1} over b
+    row step k:         diag(r_k) E_k diag(c_k)
+    column step k + 1:  diag(r_k) E_k diag(c'_{k+1})
 
-where c' is the column step's scaling for the base of E_k. Each adds minus its plan
-times its weight to the cotangent of the logits. The first pass seeds y_L; a pass for
-each k from L - 1 to 1 finds w_k and y_k; the last one has E_L and two exponentials
-more, for row step 0 and column step 1, which are far from the others.
+where c' is the column step's scaling relative to the base of E_k. The first pass
+computes the seeds (6). A pass for each k from L - 1 to 1 undoes column step k + 1 and
+row step k. The last pass computes the logits cotangent (7) from E_L and two further
+exponentials, for row step 0 and column step 1, whose plans are far from the others.
 
-While the base is the same for all k >= 1, r_k E_k is rho_k E_L, so that all other steps
-are one correction of rank 2 (L - 1). Otherwise the last pass makes every E_k again.
+While the base is the same for all k >= 1, one E serves all iterations, and the other
+half steps are one correction (8) of rank 2 (L - 1). Otherwise the last pass computes
+every E_k again.
 """
 
+import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ..._runtime.shard_map import kernel_result, varying_like
 from .._pallas_common import reciprocal
 from .._problem import Problem
-from .blocks import LANES, Blocks, correction_rank, strips_in_lanes, vmem_limit
-from .forward import grid_of, in_passes
+from .blocks import LANES, Blocks, correction_rank, groups_in_lanes
+from .correction import Correction
 from .head import Head, Ref, col_sums, product, row_sums
+from .passes import Grid, Phase, run
 
 
-def _backward_kernel(
-    num_rows_ref,
-    num_cols_ref,
-    shares_base_ref,
-    query_ref,
-    key_ref,
-    value_ref,
-    dout_ref,
-    *rest: Ref,
-    problem: Problem,
-    blocks: Blocks,
-):
-    # In SMEM: num_rows, num_cols [B], shares_base [BN]. query [1, I or T, H], key
-    # [1, H, S], value [1, D, S], dout [1, I or T, D], bases and scalings [1, L, S].
-    # Results in float32: dq like query, dk [BN, H, S] and dv [BN, D, S] in HBM, because
-    # blocks of results are in VMEM twice. Scratch: dk [H, S], dv [D, S], kernel [I or
-    # T, S], dz [I, S], dcols and sums [1, S], left [G, R, LANES] and right [R, S]
-    # with R = 2 (L - 1), rounded up, and G as many as all rows take, whole strips in
-    # each. I rows of a strip while the grid goes through strips, T padded rows
-    # otherwise.
-    num_iters = problem.options.num_iters
-    # What no pass uses is not there.
-    refs: list[Ref] = list(rest)
-    bases_ref: Ref
-    scalings_ref: Ref
-    bases_ref, scalings_ref = (refs.pop(0), refs.pop(0)) if num_iters else (None, None)
-    dq_ref, dk_out_ref, dv_out_ref, *refs = refs
-    dk_ref, dv_ref, kernel_ref, dz_ref, dcols_ref, sums_ref, *refs = refs
-    left_ref: Ref
-    right_ref: Ref
-    left_ref, right_ref = refs or (None, None)
-    b = jax.lax.div(pl.program_id(0), jnp.int32(problem.num_heads))
-    head = Head(
-        problem,
-        blocks,
-        num_rows_ref[b],
-        num_cols_ref[b],
-        query_ref,
-        key_ref,
-        kernel_ref,
-    )
-    shares_base = shares_base_ref[pl.program_id(0)] == 1
-    # 1 / b.
-    inverse_share = head.row_of(head.num_cols) / head.row_of(
-        jnp.maximum(head.num_rows, 1)
-    )
-    half = num_iters - 1  # Steps of each kind in the correction.
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """What the passes of the backward kernel do with query block i of a head."""
 
-    def base_of(k):
-        return bases_ref[0, pl.ds(k - 1, 1), :]
+    head: Head
+    correction: Correction  # Its references are None with fewer than 2 iterations.
+    shares_base: Bool[Array, ""]
+    inverse_col_marginal: Float[Array, "1 S"]  # 1 / b.
+    value_ref: Ref  # [1, D, S]
+    dout_ref: Ref  # [1, rows held, D]
+    bases_ref: Ref  # [1, L, S], None without iterations.
+    scalings_ref: Ref  # [1, L, S]; likewise.
+    dq_ref: Ref  # [1, rows held, H]
+    dk_out_ref: Ref  # [BN, H, S] in HBM.
+    dv_out_ref: Ref  # [BN, D, S] in HBM.
+    dk_ref: Ref  # [H, S]
+    dv_ref: Ref  # [D, S]
+    dz_ref: Ref  # [I, S]
+    dcols_ref: Ref  # [1, S]: the cotangent of the column potential.
+    sums_ref: Ref  # [1, S]
 
-    def scaling_of(k):
-        return scalings_ref[0, pl.ds(k - 1, 1), :]
+    @property
+    def _num_iters(self):
+        return self.head.problem.options.num_iters
 
-    def dplan(i):
-        return product(dout_ref[0, head.rows(i), :], value_ref[0], (1, 0))
+    def _base(self, k):
+        return self.bases_ref[0, pl.ds(k - 1, 1), :]
 
-    def place_in_left(i):
-        # Rows of the correction's left factor are on lanes, where they take no padding.
-        # A product with `place` [I, LANES] moves a strip's rows there, or back.
-        strips = strips_in_lanes(blocks)
-        position = jax.lax.broadcasted_iota(jnp.int32, (blocks.rows, LANES), 0)
-        lane = jax.lax.broadcasted_iota(jnp.int32, (blocks.rows, LANES), 1)
-        group = jax.lax.div(jnp.int32(i), jnp.int32(strips))
-        start = (jnp.int32(i) - group * strips) * blocks.rows
-        return group, (lane == position + start).astype(jnp.float32)
+    def _scaling(self, k):
+        return self.scalings_ref[0, pl.ds(k - 1, 1), :]
 
-    def seed(i):
+    def _dplan(self, i):
+        dout = self.dout_ref[0, self.head.rows(i), :]
+        return product(dout, self.value_ref[0], (1, 0))
+
+    def seed(self, i, _):
+        num_iters = self._num_iters
+
         @pl.when(i == 0)
-        def _():
-            sums_ref[...] = jnp.zeros_like(sums_ref)
+        def clear():
+            self.sums_ref[...] = jnp.zeros_like(self.sums_ref)
             if num_iters > 1:
-                left_ref[...] = jnp.zeros_like(left_ref)
-                right_ref[...] = jnp.zeros_like(right_ref)
+                self.correction.clear()
 
-        kernel = head.kernel(i, base_of(num_iters), False) * scaling_of(num_iters)
+        kernel = self.head.kernel(i, self._base(num_iters), False)
+        kernel = kernel * self._scaling(num_iters)
         plan = kernel * reciprocal(row_sums(kernel))
-        moved = plan * dplan(i)
-        # What the last row step passes on to the columns comes off at once.
-        sums_ref[...] += col_sums(moved - plan * row_sums(moved))
+        moved = plan * self._dplan(i)
+        # The last row step is undone here too.
+        self.sums_ref[...] += col_sums(moved - plan * row_sums(moved))
 
-    def end_seed():
-        dcols_ref[...] = sums_ref[...]
+    def end_seed(self, _):
+        self.dcols_ref[...] = self.sums_ref[...]
 
-    def undo(i, j):
-        # Column step k + 1 and row step k.
-        k = num_iters - j
+    def undo(self, i, j):
+        """Undoes column step k + 1 and row step k, with k = L - j."""
+        k = self._num_iters - j
+        half, right_ref = self.correction.half, self.correction.right_ref
 
         @pl.when(i == 0)
-        def _():
-            sums_ref[...] = jnp.zeros_like(sums_ref)
-            # Where the base took the scaling up in between, c is not the whole step.
-            moved = jnp.exp(base_of(k + 1) - base_of(k)) * scaling_of(k + 1)
-            right_ref[pl.ds(k - 1, 1), :] = moved * dcols_ref[...] * inverse_share
-            right_ref[pl.ds(half + k - 1, 1), :] = scaling_of(k)
+        def set_right():
+            self.sums_ref[...] = jnp.zeros_like(self.sums_ref)
+            # Where the base absorbed the scaling, c alone is not the whole step.
+            moved = jnp.exp(self._base(k + 1) - self._base(k)) * self._scaling(k + 1)
+            moved = moved * self.dcols_ref[...] * self.inverse_col_marginal
+            right_ref[pl.ds(k - 1, 1), :] = moved
+            right_ref[pl.ds(half + k - 1, 1), :] = self._scaling(k)
 
-        kernel = head.kernel(i, base_of(k), shares_base)
-        r = reciprocal(row_sums(kernel * scaling_of(k)))
-        w = -r * row_sums(kernel * right_ref[pl.ds(k - 1, 1), :])
-        sums_ref[...] += col_sums(kernel * (r * w))
-        group, place = place_in_left(i)
-        left_ref[group, pl.ds(k - 1, 1), :] += col_sums(place * r)
-        left_ref[group, pl.ds(half + k - 1, 1), :] += col_sums(place * (r * w))
+        kernel = self.head.kernel(i, self._base(k), self.shares_base)
+        r = reciprocal(row_sums(kernel * self._scaling(k)))
+        row_weight = -r * row_sums(kernel * right_ref[pl.ds(k - 1, 1), :])
+        self.sums_ref[...] += col_sums(kernel * (r * row_weight))
+        self.correction.put(i, k, r, row_weight)
 
-    def end_undo(j):
-        dcols_ref[...] = -sums_ref[...] * scaling_of(num_iters - j)
+    def end_undo(self, j):
+        self.dcols_ref[...] = -self.sums_ref[...] * self._scaling(self._num_iters - j)
 
-    def pull_back(i):
+    def cotangents(self, i, _):
+        """Adds up dK and dV, and writes dQ."""
+        num_iters, head = self._num_iters, self.head
+
         @pl.when(i == 0)
-        def _():
-            dk_ref[...] = jnp.zeros_like(dk_ref)
-            dv_ref[...] = jnp.zeros_like(dv_ref)
+        def clear():
+            self.dk_ref[...] = jnp.zeros_like(self.dk_ref)
+            self.dv_ref[...] = jnp.zeros_like(self.dv_ref)
 
-        query, dout = query_ref[0, head.rows(i), :], dout_ref[0, head.rows(i), :]
+        query = head.query_ref[0, head.rows(i), :]
+        dout = self.dout_ref[0, head.rows(i), :]
         z = head.logits(i)
         if num_iters:
-            kernel = head.kernel(i, base_of(num_iters), shares_base, z)
-            plan = kernel * scaling_of(num_iters)
+            kernel = head.kernel(i, self._base(num_iters), self.shares_base, z)
+            plan = kernel * self._scaling(num_iters)
         else:
             plan = jnp.exp(z)
         plan = plan * reciprocal(row_sums(plan))
-        moved = plan * dplan(i)
-        dz_ref[...] = moved - plan * row_sums(moved)
-        dv_ref[...] += product(dout, plan.astype(dout.dtype), (0, 0))
+        moved = plan * self._dplan(i)
+        self.dz_ref[...] = moved - plan * row_sums(moved)
+        self.dv_ref[...] += product(dout, plan.astype(dout.dtype), (0, 0))
         if num_iters:
-            add_first_steps(z)
+            self._correct_first_steps(z)
         if num_iters > 1:
-            pl.when(shares_base)(functools.partial(add_other_steps, i))
-            pl.when(jnp.logical_not(shares_base))(
-                functools.partial(add_other_steps_in_turn, i)
-            )
-        dz = (dz_ref[...] * jnp.float32(problem.scale)).astype(query.dtype)
-        dq_ref[0, head.rows(i), :] = product(dz, key_ref[0], (1, 1))
-        dk_ref[...] += product(query, dz, (0, 0))
+            step_by_step = functools.partial(self._correct_step_by_step, i)
+            pl.when(self.shares_base)(functools.partial(self._correct, i))
+            pl.when(jnp.logical_not(self.shares_base))(step_by_step)
+        scale = jnp.float32(head.problem.scale)
+        dz = (self.dz_ref[...] * scale).astype(query.dtype)
+        self.dq_ref[0, head.rows(i), :] = product(dz, head.key_ref[0], (1, 1))
+        self.dk_ref[...] += product(query, dz, (0, 0))
 
-    def add_first_steps(z):
+    def end_cotangents(self, _):
+        n = pl.program_id(0)
+        pltpu.sync_copy(self.dk_ref, self.dk_out_ref.at[n])
+        pltpu.sync_copy(self.dv_ref, self.dv_out_ref.at[n])
+
+    def _correct_first_steps(self, z):
+        """Subtracts the terms of row step 0 and column step 1 from dZ."""
         first = jnp.exp(z)
         r = reciprocal(row_sums(first))
-        # Of the plan after column step 1, so no entry is above 1 / b.
-        second = r * jnp.exp(z + base_of(1)) * (dcols_ref[...] * inverse_share)
-        dz_ref[...] -= second - (first * r) * row_sums(second)
+        # The plan after column step 1, times its weight; no entry exceeds b.
+        second = r * jnp.exp(z + self._base(1))
+        second = second * (self.dcols_ref[...] * self.inverse_col_marginal)
+        self.dz_ref[...] -= second - (first * r) * row_sums(second)
 
-    def add_other_steps(i):
-        group, place = place_in_left(i)
-        left = product(place, left_ref[group], (1, 1))  # [I, R]
-        kernel = kernel_ref[head.rows(i), :]
-        dz_ref[...] -= kernel * product(left, right_ref[...], (1, 0))
+    def _correct(self, i):
+        """Subtracts the terms of the other steps from dZ, as one low-rank product."""
+        left, right_ref = self.correction.left(i), self.correction.right_ref
+        kernel = self.head.kernel_ref[self.head.rows(i), :]
+        self.dz_ref[...] -= kernel * product(left, right_ref[...], (1, 0))
 
-    def add_other_steps_in_turn(i):
+    def _correct_step_by_step(self, i):
+        """Subtracts the same terms, with the kernel matrix of each iteration."""
+
         def add(k, carry):
-            kernel = head.kernel(i, base_of(k), False)
-            right = right_ref[pl.ds(k - 1, 1), :]
-            plan = kernel * reciprocal(row_sums(kernel * scaling_of(k)))
+            kernel = self.head.kernel(i, self._base(k), False)
+            right = self.correction.right_ref[pl.ds(k - 1, 1), :]
+            plan = kernel * reciprocal(row_sums(kernel * self._scaling(k)))
             step = plan * right
-            dz_ref[...] -= step - plan * scaling_of(k) * row_sums(step)
+            self.dz_ref[...] -= step - plan * self._scaling(k) * row_sums(step)
             return carry
 
-        jax.lax.fori_loop(jnp.int32(1), jnp.int32(num_iters), add, jnp.int32(0))
+        jax.lax.fori_loop(jnp.int32(1), jnp.int32(self._num_iters), add, jnp.int32(0))
 
-    def end_pull_back():
-        n = pl.program_id(0)
-        pltpu.sync_copy(dk_ref, dk_out_ref.at[n])
-        pltpu.sync_copy(dv_ref, dv_out_ref.at[n])
 
-    in_passes(
+def _backward_kernel(*refs: Ref, problem: Problem, blocks: Blocks):
+    # In SMEM: num_rows, num_cols [B], shares_base [BN]. query [1, rows held, H], key
+    # [1, H, S]; kernel [rows held, S]; other shapes as in `_Passes`. Rows held: see
+    # `Blocks.held_rows`. dk and dv are in HBM: blocks of results are in VMEM twice.
+    num_rows_ref, num_cols_ref, shares_base_ref, query_ref, key_ref, *rest = refs
+    value_ref, dout_ref, history_refs, *results, dk_ref, dv_ref, kernel_ref = rest[:9]
+    *scratch, factor_refs = rest[9:]
+    lengths, num_iters = (num_rows_ref, num_cols_ref), problem.options.num_iters
+    head = Head.of(problem, blocks, *lengths, query_ref, key_ref, kernel_ref)
+    shares_base = shares_base_ref[pl.program_id(0)] == 1
+    num_cols = head.row_of(head.num_cols)
+    inverse_col_marginal = num_cols / head.row_of(jnp.maximum(head.num_rows, 1))
+    none = None, None  # What no pass uses has no reference.
+    correction = Correction(blocks, num_iters - 1, *(factor_refs or none))
+    refs = value_ref, dout_ref, *(history_refs or none), *results
+    refs = *refs, dk_ref, dv_ref, *scratch
+    passes = _Passes(head, correction, shares_base, inverse_col_marginal, *refs)
+    run(
         blocks,
-        [
-            (0, min(1, num_iters), lambda i, _: seed(i), lambda _: end_seed()),
-            (1, num_iters, undo, end_undo),
-            (
-                num_iters,
-                num_iters + 1,
-                lambda i, _: pull_back(i),
-                lambda _: end_pull_back(),
-            ),
-        ],
+        Phase(0, min(1, num_iters), passes.seed, passes.end_seed),
+        Phase(1, num_iters, passes.undo, passes.end_undo),
+        Phase(num_iters, num_iters + 1, passes.cotangents, passes.end_cotangents),
     )
 
 
 def backward(
-    problem: Problem,
-    blocks: Blocks,
-    num_rows: Int[Array, " B"],
-    num_cols: Int[Array, " B"],
-    query: Float[Array, "BN T H"],
-    key: Float[Array, "BK H S"],
-    value: Float[Array, "BK D S"],
-    dout: Float[Array, "BN T D"],
-    bases: Float[Array, "BN L S"] | None,
-    scalings: Float[Array, "BN L S"] | None,
+    problem: Problem, blocks: Blocks, num_rows, num_cols, *arrays: Array
 ) -> tuple[Float[Array, "BN T H"], Float[Array, "BN H S"], Float[Array, "BN D S"]]:
-    """Cotangents of query, key and value in float32, of each query head by itself."""
+    """Cotangents of query, key and value in float32, for each query head by itself.
+
+    `arrays` are query, key and value as in `forward`, dout like its output, and the
+    bases and scalings from it.
+    """
+    query, key, value, dout, *history = arrays
     heads, t, h = query.shape
     d, s = value.shape[1:]
     num_iters = problem.options.num_iters
-    if bases is None or scalings is None:
-        shares_base = varying_like(jnp.ones(heads, jnp.int32), query)
-        history = ()
-    else:
+    if history:
+        bases, _ = history
         shares_base = (bases == bases[:, -1:]).all(axis=(1, 2)).astype(jnp.int32)
-        history = bases, scalings
-    grid, at_head, at_strip = grid_of(blocks, heads, num_iters + 1)
-    held = blocks.padded_rows if blocks.is_resident else blocks.rows
-    groups = problem.num_heads // problem.num_key_heads
-    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    in_specs = [
-        smem,
-        smem,
-        smem,
-        pl.BlockSpec((1, held, h), at_strip()),
-        # Once, not twice: fetching them ahead would hide little of a whole head's time.
-        pl.BlockSpec((1, h, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((1, d, s), at_head(groups), pipeline_mode=pl.Buffered(1)),
-        pl.BlockSpec((1, held, d), at_strip()),
-        *[
-            pl.BlockSpec((1, num_iters, s), at_head(), pipeline_mode=pl.Buffered(1))
-            for _ in history
-        ],
-    ]
-    scratch = [
-        pltpu.VMEM((h, s), jnp.float32),
-        pltpu.VMEM((d, s), jnp.float32),
-        pltpu.VMEM((held, s), jnp.float32),
-        pltpu.VMEM((blocks.rows, s), jnp.float32),
-        pltpu.VMEM((1, s), jnp.float32),
-        pltpu.VMEM((1, s), jnp.float32),
-    ]
+    else:
+        shares_base = varying_like(jnp.ones(heads, jnp.int32), query)
+    grid = Grid(blocks, heads, num_iters + 1)
+    # One buffer, not two: fetching ahead would hide little of a whole head's time.
+    head_spec = functools.partial(grid.head_spec, buffers=1)
+    result = lambda *shape: kernel_result(query, (heads, *shape), jnp.float32)
+    vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     rank = correction_rank(num_iters)
-    if num_iters > 1:
-        strips = strips_in_lanes(blocks)
-        scratch += [
-            pltpu.VMEM(
-                (math.ceil(blocks.num_strips / strips), rank, LANES), jnp.float32
-            ),
-            pltpu.VMEM((rank, s), jnp.float32),
-        ]
+    factors = vmem(groups_in_lanes(blocks), rank, LANES), vmem(rank, s)
     return pl.pallas_call(
         functools.partial(_backward_kernel, problem=problem, blocks=blocks),
-        out_shape=[
-            kernel_result(query, (heads, t, h), jnp.float32),
-            kernel_result(query, (heads, h, s), jnp.float32),
-            kernel_result(query, (heads, d, s), jnp.float32),
+        out_shape=(result(t, h), result(h, s), result(d, s)),
+        grid=grid.sizes,
+        in_specs=[
+            *3 * [pl.BlockSpec(memory_space=pltpu.SMEM)],
+            grid.rows_spec(h),
+            head_spec(h, s, groups=problem.groups),
+            head_spec(d, s, groups=problem.groups),
+            grid.rows_spec(d),
+            len(history) * (head_spec(num_iters, s),),
         ],
-        grid=grid,
-        in_specs=in_specs,
-        out_specs=[
-            pl.BlockSpec((1, held, h), at_strip(last=num_iters)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            # Heads are independent; passes and strips hand their sums on.
-            dimension_semantics=("parallel", "arbitrary", "arbitrary")[: len(grid)],
-            vmem_limit_bytes=vmem_limit(problem, blocks, "backward"),
+        out_specs=(
+            grid.rows_spec(h, is_result=True),
+            *2 * [pl.BlockSpec(memory_space=pl.ANY)],
         ),
-        cost_estimate=_cost(problem, blocks, heads),
+        scratch_shapes=[
+            *(vmem(h, s), vmem(d, s), vmem(blocks.held_rows, s), vmem(blocks.rows, s)),
+            *(vmem(1, s), vmem(1, s), factors if num_iters > 1 else ()),
+        ],
+        compiler_params=grid.compiler_params(problem, "backward"),
         name="sinkhorn_attention_backward",
-    )(num_rows, num_cols, shares_base, query, key, value, dout, *history)
-
-
-def _cost(problem, blocks, heads):
-    entries = heads * blocks.padded_rows * blocks.cols
-    num_iters, h, d = problem.options.num_iters, problem.head_dim, problem.value_dim
-    has_steps = num_iters > 0
-    passes = 1 if blocks.is_resident else num_iters + 1
-    # Logits of every pass; dplan, twice with steps; dq, dk, dv. The last pass of the
-    # resident regime makes logits again for the first steps.
-    logits = passes + (has_steps and blocks.is_resident)
-    dims = h * (logits + 2) + d * (2 + has_steps)
-    # The correction, whose left factor a product puts in place.
-    rank = correction_rank(num_iters)
-    moves = 2 * heads * blocks.padded_rows * LANES * rank
-    dims += rank
-    itemsize = problem.dtype.itemsize
-    reads = num_iters + 1 if blocks.moves_strips else 1
-    rows = itemsize * reads * (h + d) + 4 * h
-    cols = (itemsize + 4) * (h + d) + 8 * num_iters
-    return pl.CostEstimate(
-        flops=2 * entries * dims + moves,
-        transcendentals=entries * (passes + 2 * has_steps),
-        bytes_accessed=heads * (blocks.padded_rows * rows + blocks.cols * cols),
-    )
+    )(num_rows, num_cols, shares_base, query, key, value, dout, tuple(history))

@@ -1,4 +1,4 @@
-"""How the TPU kernels cut a head: strips of rows, and what VMEM they take."""
+"""The query blocks of the TPU kernels, and the VMEM that the kernels need."""
 
 import dataclasses
 import math
@@ -10,21 +10,22 @@ from jax.experimental.pallas import tpu as pltpu
 from .._problem import Problem
 
 LANES: Final = 128
-# Of a float32 tile. One of a 16-bit dtype is twice as high and may be half full.
+# Rows of a float32 tile. A tile of a 16-bit dtype has twice as many, and may be half
+# full.
 SUBLANES: Final = 8
 
-# Bytes of a core. That of a v4, the least of the generations from v4 to v6e: JAX's
+# Bytes of VMEM per core of a v4, the least of the generations from v4 to v6e: JAX's
 # pltpu.get_tpu_info_for_chip has 16 MiB for it, 64 for v5p, 128 for v5e and v6e.
 SMALLEST_VMEM: Final = 2**24
-# A strip of logits, in float32, and what is made of it pass through the registers; the
-# compiler spills the more of them to VMEM the larger they are.
-STRIP_BYTES: Final = 2**18
-MIN_STRIP_ROWS: Final = 32  # Where VMEM has room; fewer leave a matrix unit waiting.
-# Spills as arrays as large as a strip, and bytes for each key beside those. Fitted to
-# what the compiler took, which benchmarks/results/compiled keeps.
-SPILLED_STRIPS: Final = {"forward": 4, "backward": 6}
+# The float32 logits of a query block, and the arrays computed from them, pass through
+# the registers; the larger they are, the more of them the compiler spills to VMEM.
+QUERY_BLOCK_BYTES: Final = 2**18
+MIN_ROWS: Final = 32  # Where VMEM has room; fewer leave a matrix unit waiting.
+# Spills: arrays of the size of a query block's logits, and bytes for each key. Fitted
+# to the compiler's numbers in benchmarks/results/compiled.
+SPILLED_BLOCKS: Final = {"forward": 4, "backward": 6}
 SPILLED_BYTES: Final = {"forward": 64, "backward": 192}
-# Of the spills, what a kernel that nearly fills VMEM was never compiled without.
+# The least fraction of this estimate that a kernel compiled near the VMEM limit had.
 CERTAIN_SPILLS: Final = {"forward": 0.0, "backward": 0.75}
 
 Direction = Literal["forward", "backward"]
@@ -35,15 +36,16 @@ class Blocks:
     """Lengths in a kernel. They change speed, never results beyond rounding.
 
     Attributes:
-        rows: Queries in a strip.
-        num_strips: Strips that cover all queries; the last may reach past them.
+        rows: Queries in a query block.
+        num_blocks: Query blocks that cover all queries; the last may reach past them.
         cols: Keys, padded.
         is_resident: Whether the kernel matrix of a head stays in VMEM between the
-            passes. Otherwise each pass makes it anew, strip by strip.
+            passes. Otherwise it is streamed: each pass computes it again, one query
+            block after another.
     """
 
     rows: int
-    num_strips: int
+    num_blocks: int
     cols: int
     is_resident: bool
 
@@ -58,69 +60,61 @@ class Blocks:
     @property
     def padded_rows(self) -> int:
         """Queries, padded."""
-        return self.rows * self.num_strips
+        return self.rows * self.num_blocks
 
     @property
-    def moves_strips(self) -> bool:
-        """Whether each pass fetches the rows of its operands anew."""
-        return not self.is_resident and self.num_strips > 1
+    def held_rows(self) -> int:
+        """Queries that a kernel holds: all padded ones, or those of a query block."""
+        return self.padded_rows if self.is_resident else self.rows
 
 
 def default_blocks(
     problem: Problem,
     direction: Direction,
-    regime: Literal["resident", "strip"] | None = None,
+    regime: Literal["resident", "streamed"] | None = None,
 ) -> Blocks:
-    """Strips of even length that VMEM holds beside keys and values.
+    """Query blocks of even length that fit VMEM beside keys and values.
 
     Args:
-        problem: Gives the lengths.
-        direction: Of which kernel. Both pad the keys alike, and nothing else of the
-            blocks has to agree.
-        regime: None keeps the kernel matrix where it fits.
+        problem: The call; its lengths, dimensions and dtype are used.
+        direction: The kernel. Only the padded keys must agree between the two.
+        regime: Whether the kernel matrix is resident; None keeps it where it fits.
 
     Returns:
-        The largest strips that fit, up to what `STRIP_BYTES` says. If none do, the
+        The largest blocks that fit, within `QUERY_BLOCK_BYTES`. If none fit, the
         smallest: see `check_fits`.
     """
     vmem = vmem_capacity()
-    regimes = ("resident", "strip") if regime is None else (regime,)
+    regimes = ("resident", "streamed") if regime is None else (regime,)
     choices = [x for name in regimes for x in _choices(problem, name == "resident")]
     fitting = (x for x in choices if vmem_bytes(problem, x, direction) <= vmem)
     return next(fitting, choices[-1])
 
 
 def _choices(problem: Problem, is_resident: bool) -> Iterator[Blocks]:
-    """From the largest strips down to a single tile."""
+    """Blocks from the most rows down to a single tile."""
     cols = round_up(problem.s, LANES)
-    # More than LANES rows would be more than a row of the correction's left factor.
-    most = min(LANES, max(MIN_STRIP_ROWS, STRIP_BYTES // (4 * cols)))
+    # LANES at most: the rows of a block must fit the correction's left factor.
+    most = min(LANES, max(MIN_ROWS, QUERY_BLOCK_BYTES // (4 * cols)))
     while True:
-        num_strips = math.ceil(problem.t / most)
-        # Evenly cut, so that the last strip is not mostly padding.
-        rows = round_up(math.ceil(problem.t / num_strips), SUBLANES)
-        yield Blocks(
-            rows=rows,
-            num_strips=math.ceil(problem.t / rows),
-            cols=cols,
-            is_resident=is_resident,
-        )
+        # Even blocks, so that the last one is not mostly padding.
+        even = math.ceil(problem.t / math.ceil(problem.t / most))
+        rows = round_up(even, SUBLANES)
+        count = math.ceil(problem.t / rows)
+        yield Blocks(rows=rows, num_blocks=count, cols=cols, is_resident=is_resident)
         if rows == SUBLANES:
             return
         most = max(SUBLANES, rows // 2)
 
 
 def check_fits(problem: Problem, blocks: Blocks, direction: Direction) -> None:
-    """Refuse what a TPU that is known has too little VMEM for.
+    """Raises NotImplementedError if the target TPU certainly has too little VMEM.
 
-    That is where a kernel needs more at least. Where it may need more, at most, the
-    compiler decides; and where no TPU is known, nothing is refused.
-
-    Raises:
-        NotImplementedError: It has too little.
+    Where it may have too little the compiler decides; where no TPU is known, nothing is
+    refused.
     """
     if direction == "forward" and problem.batch * problem.num_heads == 1:
-        return  # Of a single head nothing is there twice.
+        return  # With a single head no operand is buffered twice.
     spare = (1 - CERTAIN_SPILLS[direction]) * _spills(blocks, direction)
     least = vmem_bytes(problem, blocks, direction) - spare
     if not pltpu.is_tpu_device() or least <= vmem_capacity():
@@ -137,11 +131,11 @@ def check_fits(problem: Problem, blocks: Blocks, direction: Direction) -> None:
 
 
 def vmem_capacity() -> int:
-    """Bytes of a core of the TPU that is traced for.
+    """Bytes of VMEM per core of the TPU that is traced for.
 
-    That is the device of `jax.sharding.use_abstract_mesh`, which ahead-of-time
-    compilation for a TPU that is not there can set, or else JAX's default device. If it
-    is no TPU, the smallest of all generations, so that a program fits each.
+    The TPU is the device of `jax.sharding.use_abstract_mesh`, which can name one that
+    is absent, or else JAX's default device. If that is no TPU, this is the least of all
+    generations, so that the program fits each.
     """
     if not pltpu.is_tpu_device():
         return SMALLEST_VMEM
@@ -149,62 +143,53 @@ def vmem_capacity() -> int:
 
 
 def vmem_bytes(problem: Problem, blocks: Blocks, direction: Direction) -> int:
-    """What a kernel needs of VMEM at most, but for some 100 kB of a small one.
+    """Bytes of VMEM that a kernel needs at most; small ones need up to 100 kB more.
 
-    A last axis is padded to whole `LANES` and the one before it to whole tiles.
+    In VMEM last axes are padded to `LANES`, and the axes before them to whole tiles.
     """
     num_iters, h, d = problem.options.num_iters, problem.head_dim, problem.value_dim
-    rank, cols, itemsize = (
-        correction_rank(num_iters),
-        blocks.cols,
-        problem.dtype.itemsize,
-    )
-    held = blocks.padded_rows if blocks.is_resident else blocks.rows
-    tile = 4 * SUBLANES // itemsize  # Rows of it.
+    rank, itemsize = correction_rank(num_iters), problem.dtype.itemsize
+    cols, held = blocks.cols, blocks.held_rows
+    tile = 4 * SUBLANES // itemsize  # Rows of a tile.
     keys_and_values = itemsize * cols * (round_up(h, tile) + round_up(d, tile))
     h_lanes, d_lanes = round_up(h, LANES), round_up(d, LANES)
     rows = itemsize * round_up(held, tile) * (h_lanes + d_lanes)
     history = 2 * 4 * cols * round_up(num_iters, SUBLANES)
-    strip = 4 * blocks.rows * cols
     vectors = 2 * 4 * SUBLANES * cols
-    once = 4 * held * cols + vectors
-    once += _spills(blocks, direction)
-    # Operands and results are there twice, one in use and one on its way, but for those
-    # that the backward kernel keeps once.
+    once = 4 * held * cols + vectors + _spills(blocks, direction)
+    # Operands and results are buffered twice, except those that the backward kernel
+    # buffers once.
     if direction == "forward":
         return once + 2 * (rows + keys_and_values + history)
-    once += keys_and_values + history + strip
+    once += keys_and_values + history + 4 * blocks.rows * cols
     once += 4 * cols * (round_up(h, SUBLANES) + round_up(d, SUBLANES) + rank)
-    if rank:
-        once += (
-            4 * rank * LANES * math.ceil(blocks.num_strips / strips_in_lanes(blocks))
-        )
+    once += 4 * LANES * rank * groups_in_lanes(blocks)
     return once + 2 * (rows + 4 * held * h_lanes)
 
 
 def _spills(blocks: Blocks, direction: Direction) -> int:
-    strip = 4 * blocks.rows * blocks.cols
-    return SPILLED_STRIPS[direction] * strip + SPILLED_BYTES[direction] * blocks.cols
+    block = 4 * blocks.rows * blocks.cols
+    return SPILLED_BLOCKS[direction] * block + SPILLED_BYTES[direction] * blocks.cols
 
 
 def vmem_limit(problem: Problem, blocks: Blocks, direction: Direction) -> int:
-    """What the compiler may take: the estimate, with a quarter and 1 MiB to spare.
+    """Bytes that the compiler may use: the estimate, with a quarter and 1 MiB to spare.
 
-    A limit above what a generation has is cut down to that.
+    A limit above the VMEM of a generation is lowered to that by the compiler.
     """
     return vmem_bytes(problem, blocks, direction) * 5 // 4 + 2**20
 
 
 def correction_rank(num_iters: int) -> int:
-    """Of the correction that the backward kernel keeps the factors of, padded."""
+    """Rank of the correction whose factors the backward kernel keeps, padded."""
     return round_up(2 * max(0, num_iters - 1), SUBLANES)
 
 
-def strips_in_lanes(blocks: Blocks) -> int:
-    """Strips whose rows go side by side into one row of lanes."""
-    return LANES // blocks.rows
+def groups_in_lanes(blocks: Blocks) -> int:
+    """The number of groups of LANES // rows query blocks, side by side on the lanes."""
+    return math.ceil(blocks.num_blocks / (LANES // blocks.rows))
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The least multiple that is not smaller."""
+    """The least multiple of `multiple` that is not below x."""
     return -(-x // multiple) * multiple

@@ -1,12 +1,12 @@
-"""The gradient of one head in strips: seeds, reverse sweep, cotangents of the logits.
+"""The backward pass of one head: seeds, reverse sweep, cotangents of the operands.
 
-In terms of E = exp(Z + f + g) with the potentials of iteration k - 1, diag omitted,
+The equations are those of docs/architecture.md. The plans of the half steps share the
+kernel matrix E = exp(Z + f + g) of the potentials of iteration k - 1:
 
-    row step k - 1:    plan r E c            weight w, the cotangent of f_{k-1}
-    column step k:     plan r E c_k          weight y, the cotangent of g_k over b
+    row step k - 1:    diag(r) E diag(c)            row_weight
+    column step k:     diag(r) E diag(col_c)        col_weight
 
-where c_k is what the column step found. Each adds minus its plan times its weight to
-the cotangent of Z, as in `_gradient`, and both come from one pass.
+where col_c is what the column step found. One pass computes E and undoes both.
 """
 
 from typing import NamedTuple
@@ -18,75 +18,62 @@ from jaxtyping import Array, Float
 from ..._core.precision import dot
 from ..._runtime.vmap import with_fallback
 from .._problem import uniform_marginals
-from .forward import State
-from .strips import Strips
+from .forward import PlanFactors
+from .query_blocks import QueryBlocks
 
 
 class _Sweep(NamedTuple):
-    """Weights of the half steps that are differentiated, and what they multiply."""
+    """Weights and plans of the K column steps and of the row steps before them."""
 
-    before: State  # Of the iterations before each column step; c is the row step's.
-    col_c: Float[Array, "K S"]  # The column step's scaling, for the potentials before.
-    row_weight: Float[Array, "K T"]  # Of the row steps before the column steps.
+    before: PlanFactors  # After row step k - 1, that is, before column step k.
+    col_c: Float[Array, "K S"]  # The column step's scaling, relative to before.g.
+    row_weight: Float[Array, "K T"]
     col_weight: Float[Array, "K S"]
 
 
 def backward(
-    strips: Strips,
-    query_t: Float[Array, "H T"],
+    blocks: QueryBlocks,
+    query_t: Float[Array, "H T"],  # With scale.
     value_t: Float[Array, "D S"],
-    do_t: Float[Array, "D T"],
-    df: Float[Array, " T"],
-    history: State,
-) -> tuple[
-    tuple[Float[Array, "T H"], Float[Array, "H S"], Float[Array, "D S"]],
-    Float[Array, "..."] | None,
-]:
-    """Cotangents of query, key and value, the last two transposed, and of the bias.
-
-    Args:
-        strips: The head.
-        query_t: Its queries with scale.
-        value_t: Its values.
-        do_t: Cotangent of the output.
-        df: Cotangent of the row potential of the result.
-        history: What `forward` kept.
-    """
-    ends_on_rows = strips.heads.problem.options.finish == "rows"
+    do_t: Float[Array, "D T"],  # The cotangent of the output.
+    df: Float[Array, " T"],  # The seed of docs/architecture.md (6).
+    history: PlanFactors,  # From `forward`.
+) -> tuple[tuple[Array, Array, Array], Array | None]:
+    """Cotangents of query [T, H], key [H, S] and value [D, S], and of the bias."""
+    ends_on_rows = blocks.heads.problem.options.finish == "rows"
     end = jax.tree.map(lambda x: x[-1], history)
     last_weight = df if ends_on_rows else jnp.zeros_like(df)
-    dv_t, dg = _seeds(strips, end, value_t, do_t, last_weight)
+    dv_t, dg = _seeds(blocks, end, value_t, do_t, last_weight)
     df = jnp.zeros_like(df) if ends_on_rows else df
-    sweep = _reverse_sweep(strips, history, df, dg)
-    dq, dk_t, dbias = _pull_back(
-        strips, query_t, value_t, do_t, end, last_weight, sweep
+    sweep = _reverse_sweep(blocks, history, df, dg)
+    dq, dk_t, dbias = _logits_pass(
+        blocks, query_t, value_t, do_t, end, last_weight, sweep
     )
     return (dq, dk_t, dv_t), dbias
 
 
-def _seeds(strips, end, value_t, do_t, last_weight):
-    """Cotangents of the values and, past the last row step, of the column potential."""
-    low = strips.heads.low
+def _seeds(blocks, end, value_t, do_t, last_weight):
+    """Cotangents of the values and, with the last row step undone, of the last g."""
+    low = blocks.heads.low
 
-    def body(strip, carry):
+    def body(block, carry):
         dv_t, sums = carry
-        kernel, keep = strip.kernel(end.f, end.g), strip.keep()
+        kernel, keep = block.kernel(end.f, end.g), block.keep()
         kept = kernel if keep is None else kernel * keep
-        dv_t = dv_t + dot(low(strip.take_fresh(do_t * end.r[None])), low(kept))
-        weight = strip.take(last_weight * end.r)
-        return dv_t, sums + strip.sum_rows(weight, kernel)
+        dv_t = dv_t + dot(low(block.take_fresh(do_t * end.r[None])), low(kept))
+        weight = block.take(last_weight * end.r)
+        return dv_t, sums + block.sum_rows(weight, kernel)
 
-    dv_t, sums = strips.fold(body, (jnp.zeros_like(value_t), jnp.zeros_like(end.c)))
+    dv_t, sums = blocks.fold(body, (jnp.zeros_like(value_t), jnp.zeros_like(end.c)))
     dv_t = dv_t * end.c[None]
     return dv_t, (value_t * dv_t).sum(axis=0) - sums * end.c
 
 
-def _reverse_sweep(strips, history, df, dg):
-    before, after = (
-        jax.tree.map(lambda x, cut=cut: x[cut], history)
-        for cut in (slice(None, -1), slice(1, None))
-    )
-    # Where potentials took the scalings up in between, c alone is not the whole step.
+def _reverse_sweep(blocks, history, df, dg):
+    """Weights and plans of all kept iterations, by docs/architecture.md (4), (5)."""
+    before = jax.tree.map(lambda x: x[:-1], history)
+    after = jax.tree.map(lambda x: x[1:], history)
+    # Where the potentials absorbed the scalings, c alone is not the whole step.
     col_c = after.c * jnp.exp(after.g - before.g)
     _, b = uniform_marginals(history.r[-1] != 0, history.c[-1] != 0, df.dtype)
     cols = b != 0
@@ -96,92 +83,83 @@ def _reverse_sweep(strips, history, df, dg):
         state, col_c = step
         col_weight = jnp.where(cols, dg / jnp.where(cols, b, 1), 0)
 
-        def body(strip, carry):
+        def body(block, carry):
             row_weight, sums = carry
-            kernel, r = strip.kernel(state.f, state.g), strip.take(state.r)
-            weight = strip.take(df) - r * dot(kernel, col_c * col_weight)
-            sums = sums + strip.sum_rows(weight * r, kernel)
-            return strip.put(row_weight, weight), sums
+            kernel, r = block.kernel(state.f, state.g), block.take(state.r)
+            weight = block.take(df) - r * dot(kernel, col_c * col_weight)
+            sums = sums + block.sum_rows(weight * r, kernel)
+            return block.put(row_weight, weight), sums
 
-        row_weight, sums = strips.fold(body, (jnp.zeros_like(df), jnp.zeros_like(dg)))
+        row_weight, sums = blocks.fold(body, (jnp.zeros_like(df), jnp.zeros_like(dg)))
         # The cotangents from outside reach only the potentials of the result.
         return (jnp.zeros_like(df), -sums * state.c), (row_weight, col_weight)
 
-    _, weights = jax.lax.scan(
-        undo_full_iteration, (df, dg), (before, col_c), reverse=True
-    )
+    steps = before, col_c
+    _, weights = jax.lax.scan(undo_full_iteration, (df, dg), steps, reverse=True)
     return _Sweep(before, col_c, *weights)
 
 
-def _pull_back(strips, query_t, value_t, do_t, end, last_weight, sweep):
-    """Cotangents of queries, keys and bias: plan * dplan, and the correction."""
-    heads = strips.heads
-    low, key = heads.low, heads.key(strips.head)
-    # The softmax is exp(logits + f) r: the g beside it is not in its plan.
+def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):
+    """Cotangents of queries, keys and bias, from the logits cotangent of each block."""
+    heads = blocks.heads
+    low, key = heads.low, heads.key(blocks.head)
+    # Row step 0 has g_0 = 0, but its state has a g that was absorbed for the next step:
+    # its plan exp(Z + f_0) r_0 is no scaling of E, and is subtracted separately.
     options = heads.problem.options
     has_softmax = 0 < options.num_iters == len(sweep.col_weight)
     softmax_weight = sweep.row_weight[0] * sweep.before.r[0] if has_softmax else None
     if has_softmax:
         sweep = sweep._replace(row_weight=sweep.row_weight.at[0].set(0))
-    correction = _correction(strips, end, last_weight, sweep)
+    correction = _correction(blocks, end, last_weight, sweep)
     left, right_t = (do_t * end.r[None]).T, low(value_t * end.c[None])
 
-    def body(strip, carry):
+    def body(block, carry):
         dq, dk_t, dbias = carry
-        kernel, keep = strip.kernel(end.f, end.g), strip.keep()
-        dplan = dot(low(strip.take(left)), right_t)
+        kernel, keep = block.kernel(end.f, end.g), block.keep()
+        dplan = dot(low(block.take(left)), right_t)
         dz = kernel * (dplan if keep is None else dplan * keep)
-        dz = dz - correction(strip, kernel)
+        dz = dz - correction(block, kernel)
         if has_softmax:
-            softmax = strip.kernel(sweep.before.f[0], jnp.zeros_like(end.g))
-            dz = dz - softmax * strip.take(softmax_weight)[:, None]
-        dq = strip.put(dq, dot(low(dz), low(key)))
-        dk_t = dk_t + dot(low(strip.take_fresh(query_t)), low(dz))
-        return dq, dk_t, strip.add_to_bias(dbias, dz)
+            softmax = block.kernel(sweep.before.f[0], jnp.zeros_like(end.g))
+            dz = dz - softmax * block.take(softmax_weight)[:, None]
+        dq = block.put(dq, dot(low(dz), low(key)))
+        dk_t = dk_t + dot(low(block.take_fresh(query_t)), low(dz))
+        return dq, dk_t, block.add_to_bias(dbias, dz)
 
-    shape = heads.bias_shape
-    return strips.fold(
-        body,
-        (
-            jnp.zeros((heads.problem.t, key.shape[1]), heads.dtype),
-            jnp.zeros(key.shape[::-1], heads.dtype),
-            None if shape is None else jnp.zeros(shape, heads.dtype),
-        ),
-    )
+    shapes = (heads.problem.t, key.shape[1]), key.shape[::-1], heads.bias_shape
+    init = (None if x is None else jnp.zeros(x, heads.dtype) for x in shapes)
+    return blocks.fold(body, tuple(init))
 
 
-def _correction(strips, end, last_weight, sweep):
-    """What the half steps add to the cotangent of a strip's logits, negated."""
+def _correction(blocks, end, last_weight, sweep):
+    """A function of a block and its kernel matrix that returns the correction there."""
     before = sweep.before
-    # All relative to the plan of the result, at rank 2 K + 1.
+    # Factors A and B of the correction, (8) for the iteration of the result.
     rho = before.r * jnp.exp(before.f - end.f[None])
     shift = jnp.exp(before.g - end.g[None])
     left = [rho * sweep.row_weight, rho, (end.r * last_weight)[None]]
     right = [before.c * shift, sweep.col_c * shift * sweep.col_weight, end.c[None]]
     left, right = jnp.concatenate(left).T, jnp.concatenate(right)  # [T, K'], [K', S]
-    # An entry of the result's kernel may be lost, below the least number, that is not
-    # small in the plan of an earlier iteration.
+    # An entry of the result's kernel matrix below the least number is lost, and may not
+    # be small in the plan of an earlier iteration.
     limits = jnp.finfo(end.r.dtype)
     gamma = shift * jnp.maximum(before.c, sweep.col_c)
     top = [jnp.max(x, initial=1) for x in (rho, gamma)]
     is_safe = top[0] * top[1] * limits.tiny <= limits.eps / 8
 
-    def step_by_step(strip, kernel):
+    def step_by_step(block, kernel):
         def add(total, step):
             state, col_c, row_weight, col_weight = step
-            weights = strip.take(row_weight)[:, None] * state.c[None]
+            weights = block.take(row_weight)[:, None] * state.c[None]
             weights = weights + (col_c * col_weight)[None, :]
-            kernel = strip.kernel(state.f, state.g)
-            return total + kernel * strip.take(state.r)[:, None] * weights, None
+            kernel = block.kernel(state.f, state.g)
+            return total + kernel * block.take(state.r)[:, None] * weights, None
 
-        last = strip.take(end.r * last_weight)[:, None] * end.c[None]
+        last = block.take(end.r * last_weight)[:, None] * end.c[None]
         return jax.lax.scan(add, kernel * last, sweep)[0]
 
-    def correction(strip, kernel):
-        return with_fallback(
-            kernel * dot(strip.take(left), right),
-            is_safe,
-            lambda: step_by_step(strip, kernel),
-        )
+    def correction(block, kernel):
+        low_rank = kernel * dot(block.take(left), right)
+        return with_fallback(low_rank, is_safe, lambda: step_by_step(block, kernel))
 
     return correction

@@ -1,4 +1,4 @@
-"""The passes of `_streaming` that iterate on one head and apply its plan."""
+"""The passes over one head that iterate, and that apply the plan."""
 
 from typing import Final, NamedTuple
 
@@ -10,109 +10,118 @@ from ..._core.gradient import kept_iterations
 from ..._core.precision import dot
 from ..._runtime.vmap import with_fallback
 from .._problem import uniform_marginals
-from .strips import Strips
+from .query_blocks import QueryBlocks
 
-# Natural logarithms. Entries below the least float32, exp(-87), are lost: in a column
-# whose largest one is below exp(HIDDEN) they may be a share of the sum.
+# Natural logarithms. Entries below the least float32, exp(-87), are lost. They may be a
+# noticeable part of the sum of a column whose largest entry is below exp(HIDDEN).
 HIDDEN: Final = -40.0
-# Beyond exp(MAX_DRIFT) scalings are taken up into the potentials. One more step makes
-# them max(T, S) times larger at most, so that r c exp(-87) stays far below the eps of
-# float32, and nothing that is lost matters.
+# Beyond exp(MAX_DRIFT) the potentials absorb the scalings. One more step makes these
+# max(T, S) times larger at most, so r c exp(-87) is far below the eps of float32, and
+# the entries that are lost do not matter.
 MAX_DRIFT: Final = 20.0
 
 
-class State(NamedTuple):
-    """The plan exp(logits + f + g) r c; zeros for padding. A leading axis: of many."""
+class PlanFactors(NamedTuple):
+    """The plan diag(r) exp(Z + f + g) diag(c), with zeros for padding.
+
+    A leading axis K is the plans of K states of the iteration.
+    """
 
     f: Float[Array, "*K T"]
     g: Float[Array, "*K S"]
     r: Float[Array, "*K T"]
     c: Float[Array, "*K S"]
 
+    def absorb(self) -> "PlanFactors":
+        """The same plan; f and g absorb r and c if these are far from 1."""
+        log_r, log_c = (jnp.log(jnp.where(x == 0, 1, x)) for x in (self.r, self.c))
+        drift = jnp.maximum(jnp.abs(log_r).max(), jnp.abs(log_c).max())
+        r, c = ((x != 0).astype(x.dtype) for x in (self.r, self.c))
+        absorbed = PlanFactors(self.f + log_r, self.g + log_c, r, c)
+        choose = lambda x, y: jnp.where(drift > MAX_DRIFT, x, y)
+        return jax.tree.map(choose, absorbed, self)
+
 
 def forward(
-    strips: Strips, value: Float[Array, "S D"]
-) -> tuple[Float[Array, "T D"], Float[Array, ""] | None, State]:
-    """Output, marginal error on request, and the states that the gradient needs.
+    blocks: QueryBlocks, value: Float[Array, "S D"]
+) -> tuple[tuple[Float[Array, "T D"], Float[Array, ""] | None], PlanFactors]:
+    """(Output, marginal error on request), and the history for the backward pass.
 
-    Those are the states after so many full iterations; with finish="columns" the last
-    one has the row scaling of the one before, as the result. The first one is the
-    softmax, exp(logits + f) r, and its g is already that of the column step after it.
+    The history is the plan after each of the iterations that are differentiated and
+    before the first of them. With finish="columns" the last one has the row scaling of
+    its predecessor, like the result. If the history begins with the
+    softmax, its plan is diag(r) exp(Z + f), although its g is that of column step 1.
     """
-    problem = strips.heads.problem
+    problem = blocks.heads.problem
     options = problem.options
-    start, a, b, out, sums = _softmax(strips, value)
+    start, a, b, out, sums = _softmax(blocks, value)
     if options.num_iters == 0:
-        error = _defect(sums, b, a) if problem.return_marginal_error else None
-        return out, error, _stack(start)
+        error = _marginal_error(sums, b, a) if problem.return_marginal_error else None
+        return (out, error), _stack(start)
 
     def iterate(state, _):
-        r, sums = _full_pass(strips, state)
+        r, sums = _full_pass(blocks, state)
         done = state._replace(r=r)
-        return _taken_up(done._replace(c=_divide(b, sums))), done
+        return done._replace(c=_divide(b, sums)).absorb(), done
 
     last, states = jax.lax.scan(iterate, start, None, length=options.num_iters - 1)
-    out, r, row_sums, col_sums = _apply(strips, last, value)
+    out, r, row_sums, col_sums = _apply(blocks, last, value)
     if not problem.return_marginal_error:
         error = None
     elif options.finish == "rows":
-        error = _defect(last.c * col_sums, b, a)
+        error = _marginal_error(last.c * col_sums, b, a)
     else:
-        error = _defect(last.r * row_sums, a, a)
-    history = jax.tree.map(
-        lambda *x: jnp.concatenate(x),
-        _stack(start),
-        states,
-        _stack(last._replace(r=r)),
-    )
+        error = _marginal_error(last.r * row_sums, a, a)
+    end = last._replace(r=r)
     kept = kept_iterations(options.gradient, options.num_iters)
-    return out, error, jax.tree.map(lambda x: x[-kept - 1 :], history)
+    history = jax.tree.map(
+        lambda *x: jnp.concatenate(x)[-kept - 1 :], _stack(start), states, _stack(end)
+    )
+    return (out, error), history
 
 
-def _softmax(strips, value):
-    """State before the first iteration, marginals; output and sums if it is the result.
+def _softmax(blocks, value):
+    """The softmax, its marginals, and its output and column sums if it is the result.
 
-    Under the row maxima a column can vanish as a whole. That is noticed, and its sum is
-    made again under the column maxima too.
+    Under the row maxima a column can vanish as a whole. Where one may have vanished,
+    the sums are computed again under the column maxima too.
     """
-    heads = strips.heads
+    heads = blocks.heads
     t, s, dtype = heads.problem.t, heads.problem.s, heads.dtype
     is_result = heads.problem.options.num_iters == 0
     lowest = jnp.finfo(dtype).min
 
-    def first_pass(strip, carry):
+    def first_pass(block, carry):
         m, r, top, sums, out = carry
-        logits = strip.logits()
+        logits = block.logits()
         m_i = jnp.maximum(logits.max(axis=1), lowest)
         shifted = logits - m_i[:, None]
         kernel = jnp.exp(shifted)
         r_i = _divide(1, kernel.sum(axis=1))
         top = jnp.maximum(top, shifted.max(axis=0))
-        sums = sums + strip.sum_rows(r_i, kernel)
+        sums = sums + block.sum_rows(r_i, kernel)
         if is_result:
-            out = strip.put(out, strip.apply(r_i, kernel, value))
-        return strip.put(m, m_i), strip.put(r, r_i), top, sums, out
+            out = block.put(out, block.apply(r_i, kernel, value))
+        return block.put(m, m_i), block.put(r, r_i), top, sums, out
 
-    zeros = jnp.zeros(t, dtype)
-    out = jnp.zeros((t, value.shape[1]), dtype)
+    zeros = lambda *shape: jnp.zeros(shape, dtype)
     top = jnp.full(s, -jnp.inf, dtype)
-    m, r, top, sums, out = strips.fold(
-        first_pass, (zeros, zeros, top, jnp.zeros(s, dtype), out)
-    )
+    init = zeros(t), zeros(t), top, zeros(s), zeros(t, value.shape[1])
+    m, r, top, sums, out = blocks.fold(first_pass, init)
     rows, cols = r != 0, top != -jnp.inf
     a, b = uniform_marginals(rows, cols, dtype)
-    # The maxima alone, for logits + f to be exact; with log r in it f is rounded.
+    # Without log r in f, logits + f is exact.
     f = jnp.where(rows, -m, 0)
-    start = State(f, jnp.zeros_like(b), r, cols.astype(dtype))
+    start = PlanFactors(f, jnp.zeros_like(b), r, cols.astype(dtype))
     if is_result:
         return start, a, b, out, sums
     top = jnp.where(cols, top, 0)
 
     def under_column_maxima():
-        def again(strip, sums):
-            return sums + strip.sum_rows(strip.take(r), strip.kernel(-m, -top))
+        def again(block, sums):
+            return sums + block.sum_rows(block.take(r), block.kernel(-m, -top))
 
-        return strips.fold(again, jnp.zeros_like(sums)), top
+        return blocks.fold(again, jnp.zeros_like(sums)), top
 
     sums, shift = with_fallback(
         (sums, jnp.zeros_like(top)), (top >= HIDDEN).all(), under_column_maxima
@@ -121,69 +130,51 @@ def _softmax(strips, value):
     return start._replace(g=jnp.where(cols, g, 0)), a, b, out, sums
 
 
-def _full_pass(strips, state):
-    """The row scaling that follows, and the column sums without c under it."""
+def _full_pass(blocks, state):
+    """The next row scaling r, and the column sums of diag(r) E."""
 
-    def body(strip, carry):
+    def body(block, carry):
         r, sums = carry
-        kernel = strip.kernel(state.f, state.g)
+        kernel = block.kernel(state.f, state.g)
         r_i = _divide(1, dot(kernel, state.c))
-        return strip.put(r, r_i), sums + strip.sum_rows(r_i, kernel)
+        return block.put(r, r_i), sums + block.sum_rows(r_i, kernel)
 
-    return strips.fold(body, (jnp.zeros_like(state.r), jnp.zeros_like(state.c)))
+    return blocks.fold(body, (jnp.zeros_like(state.r), jnp.zeros_like(state.c)))
 
 
-def _apply(strips, state, value):
-    """Output, its row scaling, and the sums that the marginal error needs.
-
-    Like `_full_pass`, but the sums are made only if asked for.
-    """
-    problem = strips.heads.problem
+def _apply(blocks, state, value):
+    """Output, row scaling, and the sums E c and r^T E for the marginal error."""
+    problem = blocks.heads.problem
     ends_on_rows = problem.options.finish == "rows"
     value = state.c[:, None] * value
 
-    def body(strip, carry):
+    def body(block, carry):
         out, r, row_sums, col_sums = carry
-        kernel = strip.kernel(state.f, state.g)
+        kernel = block.kernel(state.f, state.g)
         row_sums_i = dot(kernel, state.c)
         if ends_on_rows:
-            r = strip.put(r, _divide(1, row_sums_i))
-        out = strip.put(out, strip.apply(strip.take(r), kernel, value))
+            r = block.put(r, _divide(1, row_sums_i))
+        out = block.put(out, block.apply(block.take(r), kernel, value))
         if problem.return_marginal_error:
-            row_sums = strip.put(row_sums, row_sums_i)
-            col_sums = col_sums + strip.sum_rows(strip.take(r), kernel)
+            row_sums = block.put(row_sums, row_sums_i)
+            col_sums = col_sums + block.sum_rows(block.take(r), kernel)
         return out, r, row_sums, col_sums
 
     out = jnp.zeros((problem.t, value.shape[1]), value.dtype)
-    return strips.fold(
-        body, (out, state.r, jnp.zeros_like(state.r), jnp.zeros_like(state.c))
-    )
+    row_sums, col_sums = jnp.zeros_like(state.r), jnp.zeros_like(state.c)
+    return blocks.fold(body, (out, state.r, row_sums, col_sums))
 
 
-def _taken_up(state):
-    """The same plan, its scalings in the potentials if they are far from 1."""
-    r, c = (jnp.where(x == 0, 1, x) for x in (state.r, state.c))
-    log_r, log_c = jnp.log(r), jnp.log(c)
-    drift = jnp.maximum(jnp.abs(log_r).max(), jnp.abs(log_c).max())
-    far = State(
-        state.f + log_r,
-        state.g + log_c,
-        (state.r != 0).astype(r.dtype),
-        (state.c != 0).astype(c.dtype),
-    )
-    return jax.tree.map(lambda x, y: jnp.where(drift > MAX_DRIFT, x, y), far, state)
-
-
-def _defect(sums, target, a):
+def _marginal_error(sums, target, a):
     total = a.sum()
     return jnp.abs(sums - target).sum() / jnp.where(total == 0, 1, total)
 
 
 def _divide(x, y):
-    """Quotient; 0 for padding, where y is.
+    """The quotient; 0 for padding, where y is 0.
 
-    It is 0 nowhere else: a sum is that of a plan with one scaling left out, and
-    `MAX_DRIFT` keeps those in range.
+    No other sum is 0: y is a sum of the plan without one of its scalings, and
+    `MAX_DRIFT` keeps these in range.
     """
     return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 

@@ -1,0 +1,128 @@
+"""One head in query blocks, which a pass goes through in order."""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..._core.precision import dot
+from ..._runtime.shard_map import varying_like
+from .._heads import Heads
+from .._problem import Problem
+
+# The logits of a query block are written and read a few times before those of the next:
+# on a CPU they should fit the cache, on an accelerator they should occupy the device.
+CPU_BLOCK_BYTES: Final = 2**22
+ACCELERATOR_BLOCK_BYTES: Final = 2**28  # All heads in flight together.
+MIN_BLOCK_ROWS: Final = 16  # A matrix product of fewer rows waits for its keys.
+MAX_BLOCK_ROWS: Final = 1024
+
+Carry = TypeVar("Carry")
+
+
+class Layout(NamedTuple):
+    """How the work is divided: changes speed and memory, results only by rounding."""
+
+    rows: int  # Queries in a block.
+    heads_in_flight: int  # A divisor of the number of heads.
+
+
+def choose_layout(problem: Problem) -> Layout:
+    """The layout that suits the device."""
+    heads = problem.batch * problem.num_heads
+    row_bytes = problem.s * max(4, problem.dtype.itemsize)
+    on_cpu = jax.default_backend() == "cpu"
+    limit = (CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES) // row_bytes
+    in_flight = 1
+    if not on_cpu:
+        # Heads first, because they are independent and query blocks are not.
+        most = max(1, limit // min(problem.t, 128))
+        in_flight = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
+        limit //= in_flight
+    rows = min(problem.t, MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, limit))
+    # Even blocks: the last one then repeats fewer rows than there are blocks.
+    return Layout(-(-problem.t // -(-problem.t // rows)), in_flight)
+
+
+class QueryBlock:
+    """Consecutive queries of one head, with all its keys.
+
+    The last block of a head is moved up to end with the head. The rows that it shares
+    with its predecessor are computed twice, with equal results; `fresh` keeps the
+    second copy out of sums over rows.
+    """
+
+    def __init__(self, blocks: "QueryBlocks", index: Int[Array, ""]):
+        rows, t = blocks.rows, blocks.heads.problem.t
+        self._blocks = blocks
+        self._start = jnp.minimum(index * rows, t - rows)
+        self.positions = self._start + jnp.arange(rows, dtype=jnp.int32)
+        self.fresh = self.positions >= index * rows
+
+    def take(self, x: Float[Array, "T ..."]) -> Float[Array, "I ..."]:
+        """The block's rows of an array."""
+        return jax.lax.dynamic_slice_in_dim(x, self._start, self._blocks.rows)
+
+    def take_fresh(self, x: Float[Array, "D T"]) -> Float[Array, "D I"]:
+        """The block's columns of a left factor of the plan, zero where not fresh."""
+        x = jax.lax.dynamic_slice_in_dim(x, self._start, self._blocks.rows, axis=1)
+        return jnp.where(self.fresh[None, :], x, 0)
+
+    def put(self, x: Float[Array, "T ..."], rows: Float[Array, "I ..."]) -> Array:
+        """`x` with the block's rows replaced."""
+        return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start, axis=0)
+
+    def logits(self) -> Float[Array, "I S"]:
+        """Logits with bias, -inf where excluded; the same bits in every pass."""
+        blocks = self._blocks
+        query = self.take(blocks.query)
+        return blocks.heads.logits(blocks.head, query, blocks.key_t, self._start)
+
+    def kernel(self, f: Float[Array, " T"], g: Float[Array, " S"]) -> Array:
+        """The kernel matrix exp(logits + f + g), [I, S]."""
+        return jnp.exp((self.logits() + self.take(f)[:, None]) + g[None, :])
+
+    def keep(self) -> Float[Array, "I S"] | None:
+        """Dropout factors of the plan; None without dropout."""
+        return self._blocks.heads.keep(self._blocks.head, self.positions)
+
+    def apply(self, r: Float[Array, " I"], kernel, value) -> Float[Array, "I D"]:
+        """Output of the plan diag(r) kernel, with dropout. The values include any c."""
+        keep, low = self.keep(), self._blocks.heads.low
+        kept = kernel if keep is None else kernel * keep
+        return r[:, None] * dot(low(kept), low(value))
+
+    def sum_rows(self, weights: Float[Array, " I"], matrix) -> Float[Array, " S"]:
+        """The weighted sum of the fresh rows of a matrix [I, S]."""
+        return dot(jnp.where(self.fresh, weights, 0), matrix)
+
+    def add_to_bias(self, dbias: Array | None, dlogits: Float[Array, "I S"]):
+        """`dbias`, the cotangent of a head's bias, with the block's part added."""
+        if dbias is None:
+            return None
+        if dbias.shape[1] == 1:
+            dlogits = dlogits.sum(axis=1, keepdims=True)
+        if dbias.shape[0] > 1:
+            return self.put(dbias, dlogits)
+        ones = jnp.ones(len(dlogits), dlogits.dtype)
+        return dbias + self.sum_rows(ones, dlogits)[None]
+
+
+class QueryBlocks:
+    """All query blocks of one head."""
+
+    def __init__(self, heads: Heads, head: Int[Array, ""], rows: int):
+        self.heads, self.head, self.rows = heads, head, rows
+        self.query = heads.query(head, heads.product_dtype)
+        self.key_t = heads.key(head).astype(heads.product_dtype).T
+
+    def fold(self, body: Callable[[QueryBlock, Carry], Carry], init: Carry) -> Carry:
+        """The carry after `body(block, carry)` of every block in order."""
+        count = -(-self.heads.problem.t // self.rows)
+
+        def step(index, carry):
+            return body(QueryBlock(self, index), carry)
+
+        return jax.lax.fori_loop(0, count, step, varying_like(init, self.query))
