@@ -14,13 +14,13 @@ def main(
     data_dir: pathlib.Path | None = None,
     download: bool = False,
 ) -> None:
-    """Writes a data set as array records, unless it is there, and prints what it has.
+    """Writes a data set as array records, unless it is there, and prints its splits.
 
     Args:
         task: One of imdb, fashion_mnist, mnist and digits.
-        data_dir: Where TFDS keeps data sets; by default TFDS_DATA_DIR or
+        data_dir: The folder of TFDS; by default TFDS_DATA_DIR or
             ~/tensorflow_datasets.
-        download: Fetch files that are not there, if the task has such files.
+        download: Whether to download missing files, for the tasks made from files.
     """
     start = time.monotonic()
     builder = prepare(task, data_dir=data_dir, download=download)

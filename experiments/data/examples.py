@@ -1,4 +1,4 @@
-"""What a task hands to training: arrays in splits."""
+"""The examples of a task as arrays, in splits."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class Examples:
     """
 
     inputs: Int[np.ndarray, "N T"] | UInt8[np.ndarray, "N H W C"]
-    lengths: Int[np.ndarray, " N"] | None  # At least 1; 0s follow. None for images.
+    lengths: Int[np.ndarray, " N"] | None  # At least 1, then padding. None for images.
     labels: Int[np.ndarray, " N"]  # From 0.
 
     def __len__(self):

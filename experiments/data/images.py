@@ -1,4 +1,4 @@
-"""Random changes of training images that leave their class as it is."""
+"""Random changes of training images that keep their class."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ from jaxtyping import UInt8
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """Shifts an image, and mirrors every second one if asked to."""
+    """Shifts an image at random and, with `has_flip`, mirrors it half of the time."""
 
-    max_shift: int = 2  # Pixels, in both directions; zeros move in.
+    max_shift: int = 2  # Pixels, in both directions. Zeros fill the gap.
     has_flip: bool = False  # Left and right. For clothes, not for digits.
 
     def __post_init__(self):
@@ -20,7 +20,7 @@ class Augment:
     def __call__(
         self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator
     ) -> UInt8[np.ndarray, "H W C"]:
-        """A changed copy; `rng` decides how."""
+        """A changed copy of the image."""
         height, width, _ = image.shape
         if self.max_shift >= min(height, width):
             raise ValueError(
@@ -37,5 +37,5 @@ class Augment:
 
 
 def _kept(shift, size):
-    """Where pixels still come to lie after moving by `shift`."""
+    """The places that pixels of the image reach when it moves by `shift`."""
     return slice(max(shift, 0), size + min(shift, 0))

@@ -1,9 +1,10 @@
-"""Batches of examples, through grain.
+"""Batches of examples, made by grain.
 
-Batch k of training is a function of the options and k: grain's shuffle finds the k-th
-example of an epoch without the ones before, and the random numbers of augmentation are
-those of the example's place. So an iterator's state is one number, a run that resumes
-sees what it would have seen, and what one process reads does not depend on the others.
+Batch k of training is a function of the options and of k. The shuffle finds the k-th
+example of an epoch without those before it, and the random numbers of augmentation
+belong to the place of the example. Therefore the state of an iterator is one number, a
+run that resumes sees the batches of one that was not interrupted, and what one process
+reads does not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,18 +16,18 @@ from jaxtyping import Float, Int, UInt8
 
 from .examples import Examples
 
-# No threads: the arrays are in memory, a batch of 128 takes 4 ms, 8 with augmentation,
-# and a thread would wait as long for Python's lock. A device works on meanwhile.
+# No threads: the arrays are in memory, and threads would wait for Python's lock. The
+# device works on while a batch is made.
 _READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Batch(NamedTuple):
-    """Examples to process together. B of them, T tokens or H x W pixels of C values."""
+    """B examples to process together: T tokens, or H x W pixels of C values."""
 
     inputs: Int[np.ndarray, "B T"] | UInt8[np.ndarray, "B H W C"]
     lengths: Int[np.ndarray, " B"] | None  # None for images.
     labels: Int[np.ndarray, " B"]
-    weights: Float[np.ndarray, " B"]  # 1, and 0 for what only fills the batch.
+    weights: Float[np.ndarray, " B"]  # 0 where an example only fills the batch, else 1.
 
 
 def train_batches(
@@ -39,27 +40,27 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Batches without end, all examples in a new order before any comes again.
+    """Batches without end. Each epoch has all examples, in a new order.
 
     Args:
         examples: The training split.
         batch_size: Examples of an update over all processes.
         seed: Decides order and augmentation.
-        augment: Changes an image; drawn anew for every example and epoch.
-        bucket_lengths: Fixed lengths in rising order. A text goes to the shortest that
-            holds it, and a batch is of one of them, so that as many programs compile
-            and short texts cost little. The buckets take turns, by the number of
-            their texts. None leaves all texts at full length.
-        process_index: Which part of each batch to return.
-        process_count: Into how many parts each batch is divided.
+        augment: Changes an image, differently for every example and epoch.
+        bucket_lengths: Fixed lengths in rising order. Each text belongs to the shortest
+            length that holds it, and the texts of a batch belong to one length: short
+            texts cost little. The lengths take turns, by the number of their texts.
+            None leaves all texts at full length.
+        process_index: The part of each batch to return.
+        process_count: The number of parts of each batch.
 
     Returns:
-        An iterator of parts of `batch_size // process_count` examples. `get_state` is
-        a dict that JSON can hold; `set_state` on an iterator made with equal arguments
-        continues from it.
+        An iterator over parts of `batch_size // process_count` examples. `get_state`
+        returns a dict that JSON can hold, and `set_state` continues from it on an
+        iterator made with equal arguments.
 
     Raises:
-        ValueError: Options do not fit together or the examples.
+        ValueError: The options fit neither each other nor the examples.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -78,12 +79,12 @@ def train_batches(
     buckets = _buckets(examples, bucket_lengths)
     streams = []
     for number, (length, members) in enumerate(buckets):
-        # Its own for every bucket, or buckets of equal size would have equal orders.
+        # One seed for each bucket, or buckets of equal size would have equal orders.
         own_seed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
         stream = grain.MapDataset.source(members).seed(int(own_seed)).shuffle().repeat()
         if augment is not None:
-            # Before the division, so that the numbers are those of the place in the
-            # whole batch.
+            # Before the batch is divided, so that the random numbers belong to the
+            # place in the whole batch.
             stream = stream.random_map(_changing(examples.inputs, augment))
         stream = stream[process_index::process_count]
         stream = stream.batch(
@@ -99,14 +100,9 @@ def train_batches(
 
 
 def eval_batches(examples: Examples, *, batch_size: int) -> Iterable[Batch]:
-    """All examples once, in order, the last batch filled up with weights of 0.
+    """All examples once, in order. Examples of weight 0 fill the last batch.
 
-    Args:
-        examples: Any split.
-        batch_size: Examples of each batch, also of the last.
-
-    Returns:
-        What can be iterated over, as often as needed.
+    The result can be iterated over several times.
 
     Raises:
         ValueError: `batch_size` is not positive.
@@ -118,7 +114,7 @@ def eval_batches(examples: Examples, *, batch_size: int) -> Iterable[Batch]:
     def batch(number):
         index = np.arange(number * batch_size, (number + 1) * batch_size)
         is_filling = index >= len(examples)
-        # The first example again: a real one, so that no value becomes NaN.
+        # The first example fills the batch: a real one, so that no value becomes NaN.
         result = gather(np.where(is_filling, 0, index))
         return result._replace(weights=1 - is_filling.astype(np.float32))
 
@@ -127,7 +123,7 @@ def eval_batches(examples: Examples, *, batch_size: int) -> Iterable[Batch]:
 
 
 def _buckets(examples, bucket_lengths):
-    """Pairs of a length, None for images, and the indices of examples up to it."""
+    """Pairs of a length, None for images, and the indices of its examples."""
     if bucket_lengths is None:
         return [(None, np.arange(len(examples)))]
     if examples.lengths is None:
@@ -151,12 +147,12 @@ def _buckets(examples, bucket_lengths):
 
 
 def _changing(images, augment):
-    """Maps the index of an image to it and the image changed."""
+    """A function from the index of an image to the index and the changed image."""
     return lambda index, rng: (index, augment(images[index], rng))
 
 
 def _gathering(examples, length=None):
-    """Makes a batch of indices, or of pairs from `_changing`, cut to `length`."""
+    """A function from indices, or `_changing`'s pairs, to a batch cut to `length`."""
 
     def gather(items):
         images = None

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared, read whole into memory and without TensorFlow."""
+"""Data sets that TFDS has prepared, read into memory without TensorFlow."""
 
 import pathlib
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from .text import clean
 
 
 class Table(NamedTuple):
-    """Labelled examples of one split, of N."""
+    """N labelled examples of one split."""
 
-    inputs: list[str] | UInt8[np.ndarray, "N H W C"]
+    inputs: Shaped[np.ndarray, " N"] | UInt8[np.ndarray, "N H W C"]  # Texts or images.
     labels: Int[np.ndarray, " N"]
 
 
@@ -26,15 +26,15 @@ class Tables(NamedTuple):
 
 
 def read_named(name: str, data_dir: pathlib.Path | None) -> Tables:
-    """A data set that was prepared before, by its TFDS name.
+    """The data set of a TFDS name, which must be prepared.
 
     Raises:
-        FileNotFoundError: It is not there as array records.
-        ValueError: It is not texts or images of one size with class labels.
+        FileNotFoundError: There are no array records of it.
+        ValueError: It holds neither texts nor images of one size with class labels.
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-        # TFDS may know how to make it and yet have no records.
+        # TFDS may know how to make the data set and yet have no records.
         is_there = builder.data_path.exists()
         sources = builder.as_data_source(split=None) if is_there else {}
     except (tfds.core.DatasetNotFoundError, NotImplementedError):
@@ -56,7 +56,7 @@ def read(
     """The labelled splits of `sources`.
 
     Raises:
-        ValueError: They are not texts or images of one size with class labels.
+        ValueError: They hold neither texts nor images of one size with class labels.
     """
     keys = info.supervised_keys
     label = info.features[keys[1]] if keys and keys[1] in info.features else None
@@ -65,23 +65,23 @@ def read(
             f"{info.name} must have an input and a class label to learn, got the keys "
             f"{keys} of {info.features}. Take another data set."
         )
-    to_inputs = (
-        _texts if isinstance(info.features[keys[0]], tfds.features.Text) else _images
-    )
+    is_text = isinstance(info.features[keys[0]], tfds.features.Text)
+    to_inputs = _texts if is_text else _images
     by_split = {}
     for split, source in sources.items():
         rows = list(source)
-        # Real labels are ints, those of tfds.testing.mock_data 0-d arrays.
+        # Real labels are ints; tfds.testing.mock_data makes 0-d arrays.
         labels = np.array([int(row[keys[1]]) for row in rows], np.int32)
-        if (labels >= 0).all():  # TFDS marks what is unlabelled by -1.
+        if (labels >= 0).all():  # -1 means unlabelled.
             inputs = to_inputs([row[keys[0]] for row in rows], info.name)
             by_split[split] = Table(inputs, labels)
     return Tables(by_split, label.num_classes)
 
 
 def _texts(values, name):
-    # Real texts are bytes, those of tfds.testing.mock_data str.
-    return [clean(v.decode() if isinstance(v, bytes) else v) for v in values]
+    # Real texts are bytes; tfds.testing.mock_data makes str.
+    texts = (clean(v.decode() if isinstance(v, bytes) else v) for v in values)
+    return np.array(list(texts), object)
 
 
 def _images(values, name):

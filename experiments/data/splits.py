@@ -9,27 +9,20 @@ from jaxtyping import Int
 def stratified_split(
     labels: Int[np.ndarray, " N"], sizes: Sequence[int], seed: int
 ) -> list[Int[np.ndarray, " M"]]:
-    """Disjoint random index arrays of the given sizes, each with the classes even.
+    """Disjoint shuffled index arrays of given sizes, with classes of equal size.
 
-    Args:
-        labels: Class of each item, in any order.
-        sizes: Items of each split. Where a size is no multiple of the classes, the
-            first classes get one more.
-        seed: Decides everything.
-
-    Returns:
-        One shuffled index array a size.
+    Where the number of classes does not divide a size, the first classes get one more
+    item. `labels` has the class of each item, in any order.
 
     Raises:
         ValueError: A class has too few items.
     """
-    num_classes = len(np.unique(labels))
+    classes, nums = np.unique(labels, return_counts=True)
     counts = [
-        [(size + num_classes - 1 - k) // num_classes for size in sizes]
-        for k in range(num_classes)
+        [(size + len(classes) - 1 - k) // len(classes) for size in sizes]
+        for k in range(len(classes))
     ]
-    for label, wanted in zip(np.unique(labels), counts, strict=True):
-        num = int((labels == label).sum())
+    for label, num, wanted in zip(classes, map(int, nums), counts, strict=True):
         if sum(wanted) > num:
             raise ValueError(
                 f"Splits of {list(sizes)} need {sum(wanted)} items of class {label}, "
@@ -41,15 +34,9 @@ def stratified_split(
 def proportional_split(
     labels: Int[np.ndarray, " N"], fractions: Sequence[float], seed: int
 ) -> list[Int[np.ndarray, " M"]]:
-    """Disjoint random index arrays, each with the classes in the shares of `labels`.
+    """Disjoint shuffled index arrays, one for each fraction and one for the rest.
 
-    Args:
-        labels: Class of each item, in any order.
-        fractions: What each split takes of every class, rounded to whole items.
-        seed: Decides everything.
-
-    Returns:
-        One shuffled index array a fraction, and the rest.
+    Each has that fraction of the items of every class, rounded to whole items.
     """
     counts = []
     for num in np.unique_counts(labels).counts:

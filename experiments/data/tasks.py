@@ -1,14 +1,12 @@
-"""Tasks by name: prepared by TFDS once, then split, and texts encoded."""
+"""Tasks by name: prepared once by TFDS, then split, their texts encoded."""
 
 import pathlib
 from types import MappingProxyType
 from typing import Final
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from . import builders, prepared
-from .builders import IdxBuilder
 from .examples import Data, Examples
 from .splits import proportional_split
 from .text import Tokenizer, encode_splits
@@ -23,7 +21,7 @@ TASKS: Final = MappingProxyType(
     }
 )
 
-# What is taken off the training split where a data set lacks these.
+# The fractions of the training split that become a split which a data set lacks.
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.1
 
@@ -38,24 +36,25 @@ def load(
     tokenizer: Tokenizer = "word",
     num_train: int | None = None,
 ) -> Data:
-    """The splits of a task, disjoint, prepared first where they are not yet.
+    """The disjoint splits of a task, which is prepared first if needed.
 
     Args:
-        task: A key of `TASKS`, or "tfds:" and the name of what TFDS has prepared.
-        data_dir: Where TFDS keeps data sets; None takes its default, of which
-            TFDS_DATA_DIR in the environment can decide.
-        seed: Decides which examples are split off for testing, if there is no such
-            split, and for validation.
+        task: A key of `TASKS`, or "tfds:" and the name of a data set that TFDS has
+            prepared.
+        data_dir: The folder of TFDS; None takes TFDS_DATA_DIR of the environment, or
+            TFDS's default.
+        seed: Decides which training examples are split off for validation and, if the
+            data set has no test split, for testing.
         seq_len: Tokens kept of each text, from its start.
-        vocab_size: At most this many identifiers, of the training split's words.
+        vocab_size: The largest number of identifiers, for words of the training split.
         tokenizer: "word" or "bpe".
-        num_train: Training examples, of those there are; None takes all. Validation
-            and test do not depend on it, and fewer examples are among more.
+        num_train: Training examples, from the first; None takes all. Validation and
+            test do not depend on it.
 
     Raises:
         ValueError: There is no such task, or an option does not fit it.
-        FileNotFoundError: The data are not there; says how to install them.
-        ModuleNotFoundError: As before, for a package.
+        FileNotFoundError: The data are missing; says how to install them.
+        ModuleNotFoundError: A package with the data is missing; says how to install it.
     """
     tables = _tables(task, data_dir)
     train, validation, test = _splits(task, tables.by_split, seed)
@@ -67,27 +66,15 @@ def load(
             )
         train = _take(train, slice(num_train))
     splits = (train, validation, test)
-    if isinstance(train.inputs, list):
-        return encode_splits(
-            task,
-            splits,
-            num_classes=tables.num_classes,
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
-        )
+    about = {"name": task, "num_classes": tables.num_classes}
+    if train.inputs.dtype == object:
+        options = {"vocab_size": vocab_size, "tokenizer": tokenizer}
+        return encode_splits(splits, seq_len=seq_len, **options, **about)
     train, validation, test = (
         Examples(inputs=table.inputs, lengths=None, labels=table.labels)
         for table in splits
     )
-    return Data(
-        name=task,
-        train=train,
-        validation=validation,
-        test=test,
-        num_classes=tables.num_classes,
-        vocab_size=None,
-    )
+    return Data(train=train, validation=validation, test=test, vocab_size=None, **about)
 
 
 def prepare(
@@ -95,27 +82,21 @@ def prepare(
 ) -> tfds.core.DatasetBuilder:
     """Writes the records of a task of `TASKS` unless they are there.
 
-    Args:
-        task: A key of `TASKS`.
-        data_dir: As in `load`.
-        download: Whether files that are not there may be fetched.
+    Missing files are downloaded only with `download`.
 
     Returns:
-        TFDS's builder.
+        The TFDS builder of the data set.
 
     Raises:
-        ValueError: There is no such task.
-        FileNotFoundError: The data are not there; says how to install them.
-        ModuleNotFoundError: As before, for a package.
+        ValueError, FileNotFoundError, ModuleNotFoundError: As in `load`.
     """
     if task not in TASKS:
         raise ValueError(
             f"Unknown task {task!r}; expected one of {list(TASKS)} or tfds:<name>."
         )
-    options = (
-        {"download": True} if download and issubclass(TASKS[task], IdxBuilder) else {}
+    builder = TASKS[task](
+        data_dir=data_dir, file_format="array_record", download=download
     )
-    builder = TASKS[task](data_dir=data_dir, file_format="array_record", **options)
     builder.download_and_prepare()
     return builder
 
@@ -124,7 +105,7 @@ def _tables(task, data_dir):
     if task.startswith("tfds:"):
         return prepared.read_named(task.removeprefix("tfds:"), data_dir)
     builder = prepare(task, data_dir=data_dir)
-    # All at once takes a quarter of the time of one by one, but mocks cannot do it.
+    # One call for all rows takes a quarter of the time. Mocked sources lack it.
     rows = {
         split: source.__getitems__(list(range(len(source))))
         for split, source in builder.as_data_source().items()
@@ -133,7 +114,7 @@ def _tables(task, data_dir):
 
 
 def _splits(task, tables, seed):
-    """Tables for training, validation and test, of which the first is shuffled."""
+    """The tables for training, validation and test; training is shuffled."""
     if "train" not in tables:
         raise ValueError(
             f"{task} must have a labelled split train, got {list(tables)}. Take "
@@ -149,9 +130,4 @@ def _splits(task, tables, seed):
 
 
 def _take(table, index):
-    inputs = table.inputs
-    if isinstance(inputs, list):
-        inputs = [inputs[i] for i in np.arange(len(inputs))[index]]
-    else:
-        inputs = inputs[index]
-    return prepared.Table(inputs, table.labels[index])
+    return prepared.Table(table.inputs[index], table.labels[index])

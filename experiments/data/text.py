@@ -1,4 +1,4 @@
-"""Texts as identifiers, over a vocabulary of the training split."""
+"""Texts as identifiers of words, with the vocabulary of the training split."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,34 +10,37 @@ from jaxtyping import Int
 
 from .examples import Data, Examples
 
-PAD, UNKNOWN = "[PAD]", "[UNK]"  # Identifiers 0 and 1.
+PAD, UNKNOWN = "[PAD]", "[UNK]"  # They get the identifiers 0 and 1.
 
 Tokenizer = Literal["word", "bpe"]
+_MODELS = {
+    "word": (tokenizers.models.WordLevel, tokenizers.trainers.WordLevelTrainer),
+    "bpe": (tokenizers.models.BPE, tokenizers.trainers.BpeTrainer),
+}
 
 
 def clean(text: str) -> str:
-    """The text without line-break tags, its words one space apart."""
+    """The text without line-break tags, with one space between words."""
     return " ".join(re.sub(r"<br\s*/?>", " ", text).split())
 
 
 def encode_splits(
-    name: str,
     splits: Sequence[tuple[Sequence[str], Int[np.ndarray, " N"]]],
     *,
+    name: str,
     num_classes: int,
     seq_len: int,
     vocab_size: int,
     tokenizer: Tokenizer = "word",
 ) -> Data:
-    """Labelled texts as identifiers; what only later splits hold is unknown.
+    """Labelled texts as identifiers. Words that only later splits hold are unknown.
 
     Args:
-        name: Of the data.
-        splits: Texts and labels for training, validation and test. Only the first
-            decides the vocabulary.
-        num_classes: Of the labels.
+        splits: Texts and labels for training, validation and test.
+        name: The name of the data.
+        num_classes: The number of classes.
         seq_len: Tokens kept of each text, from its start.
-        vocab_size: At most this many identifiers, with those for padding and unknown.
+        vocab_size: As `size` in `train_vocabulary`, for the training texts.
         tokenizer: As in `train_vocabulary`.
 
     Raises:
@@ -65,13 +68,13 @@ def encode_splits(
 def train_vocabulary(
     texts: Iterable[str], size: int, tokenizer: Tokenizer = "word"
 ) -> tokenizers.Tokenizer:
-    """A tokenizer of lowercase text, learnt from `texts`.
+    """A tokenizer of lowercase text, trained on `texts`.
 
     Args:
-        texts: Of the training split alone, so that nothing leaks.
-        size: At most this many identifiers, with those for padding and unknown.
-        tokenizer: "word" takes the most frequent words and punctuation marks, "bpe"
-            merges frequent pairs of neighbours within them, from single characters.
+        texts: The texts of the training split alone, so that nothing leaks.
+        size: The largest number of identifiers, with padding and unknown.
+        tokenizer: "word" takes the most frequent words and punctuation marks. "bpe"
+            starts from single characters and merges frequent neighbours within words.
 
     Raises:
         ValueError: `size` is too small, or there is no such tokenizer.
@@ -81,25 +84,17 @@ def train_vocabulary(
             f"vocab_size must be at least 3, got {size}: two are for padding and "
             "unknown words."
         )
-    options = {
-        "vocab_size": size,
-        "special_tokens": [PAD, UNKNOWN],
-        "show_progress": False,
-    }
-    if tokenizer == "word":
-        model = tokenizers.models.WordLevel(unk_token=UNKNOWN)
-        trainer = tokenizers.trainers.WordLevelTrainer(**options)
-    elif tokenizer == "bpe":
-        model = tokenizers.models.BPE(unk_token=UNKNOWN)
-        trainer = tokenizers.trainers.BpeTrainer(**options)
-    else:
+    if tokenizer not in _MODELS:
         raise ValueError(f"tokenizer must be 'word' or 'bpe', got {tokenizer!r}.")
-    result = tokenizers.Tokenizer(model)
+    model, trainer = _MODELS[tokenizer]
+    result = tokenizers.Tokenizer(model(unk_token=UNKNOWN))
     result.normalizer = tokenizers.normalizers.Lowercase()
     result.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = [PAD, UNKNOWN]
+    trainer = trainer(vocab_size=size, special_tokens=special, show_progress=False)
     result.train_from_iterator(texts, trainer)
-    # Pairs begin with single characters, of which none is left out: with a limit on
-    # them `tokenizers` chooses among equally frequent ones at random.
+    # Byte pairs keep every single character: with a limit on their number `tokenizers`
+    # chooses at random among equally frequent ones.
     if result.get_vocab_size() > size:
         raise ValueError(
             "vocab_size must hold padding, unknown and every character of the texts, "
@@ -111,7 +106,7 @@ def train_vocabulary(
 def encode(
     tokenizer: tokenizers.Tokenizer, texts: Sequence[str], seq_len: int
 ) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, " N"]]:
-    """Texts as identifiers, cut or padded to `seq_len`, and their lengths."""
+    """Identifiers of the texts, cut or padded to `seq_len`, and the lengths."""
     tokens = np.zeros((len(texts), seq_len), np.int32)  # 0 is PAD.
     lengths = np.zeros(len(texts), np.int32)
     for i, encoding in enumerate(tokenizer.encode_batch_fast(texts)):

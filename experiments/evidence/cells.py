@@ -1,49 +1,45 @@
 """Parts of an experiment, each in a file of its own until the whole is written."""
 
-import fcntl
 import json
-import os
 import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import files as record
+import filelock
+
+from . import files
 
 
 class Cells:
-    """A folder of results, which an interrupted experiment finds again.
+    """A folder of partial results, in which an interrupted experiment continues.
 
-    A context: when its block ends without an error, all of it is in the experiment's
-    own files, and the folder is removed. Within it no other run may use the folder.
+    A context manager: when its block ends without an error, the experiment has written
+    its own files, and the folder is removed. No other run may use the folder meanwhile.
     """
 
     def __init__(self, output: pathlib.Path, setting: Mapping[str, Any]):
-        """Nothing is there yet: entering makes the folder.
+        """Names the folder, inside that of the experiment's results.
 
-        Args:
-            output: Of the experiment.
-            setting: What the results depend on beside their names. Those of other
-                settings are computed again.
+        The partial results depend on `setting` and their names alone; those of another
+        setting are computed again.
         """
         self._output = output
         self._folder = output / "cells"
-        self._setting = json.loads(json.dumps(setting))
+        self._lock = filelock.FileLock(self._folder / ".lock", blocking=False)
+        self._setting = json.loads(json.dumps(setting, default=str))
 
     def __enter__(self) -> "Cells":
-        """Makes the folder, for this run alone.
+        """Makes the folder and locks it for this run.
 
         Raises:
             BlockingIOError: Another run uses it.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        # The lock goes with the process, also where that is killed.
-        self._lock = os.open(self._output, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
+            self._lock.acquire()
+        except filelock.Timeout:
             raise BlockingIOError(
                 f"Another run writes to {self._output}. Wait until it ends, or give "
                 "another output."
@@ -51,21 +47,16 @@ class Cells:
         return self
 
     def __exit__(self, kind, error, traceback):
-        """Removes the folder, where there is no error."""
+        """Removes the folder if there is no error, and unlocks it."""
         if kind is None:
             shutil.rmtree(self._folder)
-        os.close(self._lock)
+        self._lock.release()
 
     def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of that name, computed and written if it is not there.
+        """The partial result of a name, the stem of its file, which is computed once.
 
-        Args:
-            name: Of the file.
-            compute: Returns what JSON can hold.
-
-        Returns:
-            What the file holds: the result, with the commit that it is from and the
-            seconds that it took.
+        `compute` returns what JSON can hold. The commit at which it was computed and
+        the seconds that it took are added.
         """
         path = self._folder / f"{name}.json"
         cell = _read(path)
@@ -73,10 +64,10 @@ class Cells:
             return cell["result"]
         start = time.monotonic()
         result = compute() | {
-            "commit": record.environment()["commit"],
+            "commit": files.environment()["commit"],
             "wall_time_s": round(time.monotonic() - start, 1),
         }
-        record.write_json(path, {"setting": self._setting, "result": result})
+        files.write_json(path, {"setting": self._setting, "result": result})
         return json.loads(path.read_text())["result"]
 
 

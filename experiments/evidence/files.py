@@ -1,5 +1,6 @@
-"""Where and with what a result was obtained, and how it is written."""
+"""The files of a result: where they go, what they hold, how they are written."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -7,9 +8,99 @@ import pathlib
 import platform
 import re
 import subprocess
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .claims import Finding
+
+# The committed results. A run writes there only where --output says so.
+RESULTS: Final = pathlib.Path("experiments") / "results"
+# The results of a user's runs, which git ignores.
+RUNS: Final = pathlib.Path("runs")
+
+
+def write_result(
+    name: str,
+    config: Any,
+    measured: dict[str, Any],
+    findings: Callable[[dict[str, Any]], Sequence[Finding]],
+    draw: Callable[[dict[str, Any]], plt.Figure],
+    start: float,
+    *,
+    question: str | None = None,
+) -> dict[str, Any]:
+    """Writes a question's result as JSON and its figure, and prints the findings.
+
+    Args:
+        name: The stem of both files, in the folder `config.output`.
+        config: The question's configuration.
+        measured: What was measured.
+        findings: Returns what the result, as the JSON holds it, says of the claims.
+        draw: Returns the figure of the same result.
+        start: `time.monotonic()` at the start of the run.
+        question: The question, where `name` is another.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: A measurement is NaN or infinite.
+    """
+    result = {
+        "question": question or name,
+        "config": as_json(config),
+        "environment": environment(),
+        **measured,
+        "wall_time_s": round(time.monotonic() - start, 1),
+    }
+    # Findings and figure see what the JSON holds, so that they can be made from it.
+    result = json.loads(json.dumps(result))
+    result["findings"] = list(findings(result))
+    config.output.mkdir(parents=True, exist_ok=True)
+    path = config.output / f"{name}.json"
+    write_json(path, result)
+    figure = draw(result)
+    figure.savefig(path.with_suffix(".png"))
+    plt.close(figure)
+    for found in result["findings"]:
+        print(f"{found['verdict']}: {found['claim']}\n    {found['text']}")
+    took = f"\nTook {result['wall_time_s']:.0f} s."
+    print(took, f"Wrote {path} and {path.with_suffix('.png')}.")
+    return result
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON holds them, paths as strings."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON with the innermost lists on one line each, whole or not at all.
+
+    Raises:
+        ValueError: The value holds a NaN or an infinity, which JSON does not have.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False)
+    pattern = r"\[\s+([^][{}\"]*?)\s+\]"
+    text = re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def by_key(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dicts with equal keys as one dict of lists."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def or_null(values: Any, is_known: Any) -> list[Any]:
+    """An array as nested lists, with None, JSON's null, where a value is not known."""
+    return np.where(is_known, np.asarray(values).astype(object), None).tolist()
 
 
 def environment() -> dict[str, object]:
@@ -25,28 +116,11 @@ def environment() -> dict[str, object]:
     }
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON with the innermost lists on one line each, whole or not at all.
-
-    Raises:
-        ValueError: It holds a NaN or an infinity, which JSON does not have.
-    """
-    text = json.dumps(value, indent=1, allow_nan=False)
-    pattern = r"\[\s+([^][{}\"]*?)\s+\]"
-    text = re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
-
-
 def _commit() -> str | None:
-    """Short hash, "-dirty" if the tree was; None outside a repository."""
-    root = pathlib.Path(__file__).parent
-    git = lambda *args: subprocess.run(
-        ("git", "-C", str(root), *args), capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """The short hash, with "-dirty" if files changed; None outside a repository."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    options = {"cwd": pathlib.Path(__file__).parent, "text": True, "check": True}
     try:
-        commit = git("rev-parse", "--short", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain") else "")
+        return subprocess.run(command, capture_output=True, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -2,86 +2,65 @@
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..evidence import answer
+from ..evidence.claims import LAYER_NORM_NAMES, normaliser_name
 from ..networks.measures import FLOAT32_FLOOR
+from . import style
 
-PLACES = {"none": "no LayerNorm", "pre": "pre-LayerNorm", "post": "post-LayerNorm"}
-FLOOR = -8.0  # Of the axis, log10; equal tokens have a residual of 0.
+BOTTOM = -8.0  # The end of the axis, log10; equal tokens have a residual of 0.
 
 
+@style.styled
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """A figure of what `ablations.run` returns."""
-    places = list(dict.fromkeys(run["layer_norm"] for run in result["runs"]))
-    networks = list(
-        dict.fromkeys((run["has_skip"], run["has_mlp"]) for run in result["runs"])
-    )
-    normalisers = list(dict.fromkeys(run["num_iters"] for run in result["runs"]))
-    colors = dict(zip(normalisers, answer.COLORS, strict=False))
+    """Returns the figure of the result."""
+    runs = result["runs"]
+    places = list(dict.fromkeys(run["layer_norm"] for run in runs))
+    networks = list(dict.fromkeys((run["has_skip"], run["has_mlp"]) for run in runs))
+    normalisers = list(dict.fromkeys(run["num_iters"] for run in runs))
+    colors = dict(zip(normalisers, style.COLORS, strict=False))
     figure, axes = plt.subplots(
         len(places),
         len(networks),
         figsize=(2.9 * len(networks) + 0.8, 2.6 * len(places) + 1.3),
         squeeze=False,
-        layout="constrained",
         sharex=True,
         sharey="col",
     )
+    style.number_layers(*axes.flat)
+    for run in runs:
+        column = networks.index((run["has_skip"], run["has_mlp"]))
+        axis = axes[places.index(run["layer_norm"]), column]
+        _curves(axis, run, colors[run["num_iters"]])
+    for column, (has_skip, has_mlp) in zip(axes.T, networks, strict=True):
+        skip, mlp = "skip" if has_skip else "no skip", "MLP" if has_mlp else "no MLP"
+        column[0].set_title(f"{skip}, {mlp}")
+        column[-1].set_xlabel("layer")
+        for axis in () if has_skip else column:
+            axis.set_ylim(BOTTOM, 0.3)
+            axis.axhspan(BOTTOM, np.log10(FLOAT32_FLOOR), **style.FLOOR)
     for row, place in zip(axes, places, strict=True):
-        for axis, (has_skip, has_mlp) in zip(row, networks, strict=True):
-            for run in result["runs"]:
-                key = run["layer_norm"], run["has_skip"], run["has_mlp"]
-                if key == (place, has_skip, has_mlp):
-                    _curves(axis, run, colors[run["num_iters"]])
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            if not has_skip:
-                axis.set_ylim(FLOOR, 0.3)
-                axis.axhspan(FLOOR, np.log10(FLOAT32_FLOOR), color="0.92", zorder=0)
-        row[0].set_ylabel(f"{PLACES[place]}\nlog10 of relative residual")
-    for axis, (has_skip, has_mlp) in zip(axes[0], networks, strict=True):
-        skip = "skip" if has_skip else "no skip"
-        axis.set_title(f"{skip}, {'MLP' if has_mlp else 'no MLP'}")
-    for axis in axes[-1]:
-        axis.set_xlabel("layer")
-    _legend(figure, colors, len(result["runs"][0]["train_accuracy"]))
+        row[0].set_ylabel(f"{LAYER_NORM_NAMES[place]}\nlog10 of relative residual")
+    handles = [style.line(normaliser_name(n), color=c) for n, c in colors.items()]
+    handles += [
+        style.line(style.PHASE_NAMES["init"], color="0.3", linestyle="--"),
+        style.line(style.PHASE_NAMES["trained"], color="0.3"),
+        plt.Rectangle((0, 0), 1, 1, color="0.92", label="float32 rounding"),
+    ]
+    num_seeds = len(runs[0]["train_accuracy"])
+    title = f"Lines: mean of {num_seeds} seeds; bands: 95 % interval."
+    style.legend(figure, title, *handles, ncols=4)
     return figure
 
 
 def _curves(axis, run, color):
-    for phase, style in (("init", "--"), ("trained", "-")):
+    for phase, look in (
+        ("init", {"linestyle": "--", "alpha": 0.55}),
+        ("trained", {"linestyle": "-"}),
+    ):
         with np.errstate(divide="ignore"):
             values = np.log10(run[phase]["relative_residual"])
-        values = np.maximum(values, FLOOR)
-        answer.band(
-            axis,
-            np.arange(values.shape[1]),
-            values,
-            color=color,
-            linestyle=style,
-            alpha=1.0 if phase == "trained" else 0.55,
-        )
-
-
-def _legend(figure, colors, num_seeds):
-    handles = [
-        plt.Line2D([], [], color=color, label=answer.name_of(n))
-        for n, color in colors.items()
-    ]
-    handles += [
-        plt.Line2D([], [], color="0.3", linestyle="--", label="at initialisation"),
-        plt.Line2D([], [], color="0.3", label="trained"),
-        plt.Rectangle((0, 0), 1, 1, color="0.92", label="float32 rounding"),
-    ]
-    figure.legend(
-        handles=handles,
-        title=f"Lines: mean of {num_seeds} seeds; bands: 95 % interval.",
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-    )
+        values = np.maximum(values, BOTTOM)
+        layers = np.arange(values.shape[1])
+        style.mean_and_interval(axis, layers, values, color=color, **look)

@@ -1,129 +1,108 @@
-"""The figure of the convergence experiment."""
+"""The figure of convergence: the defect over iterations, its rate, and the cost."""
 
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..evidence import answer
+from . import style
+
+LEAST = 1e-16  # What a defect of 0 is drawn at.
 
 
+@style.styled
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """Of what the JSON holds; the third column if networks were trained."""
-    config = result["config"]
+    """Returns the figure of the result; its third column if networks were trained."""
     num_columns = 3 if result["networks"] else 2
     figure, axes = plt.subplots(2, num_columns, figsize=(4.8 * num_columns, 7.6))
-    figure.set_layout_engine("constrained")
-    (curves, rates), (enough, cost) = axes[:, :2]
+    _draw_logits(result, *axes[:, 0])
+    rates, cost = axes[:, 1]
+    deviations = result["config"]["deviations"]
+    numbers = [deviations.index(cell["deviation"]) for cell in result["cells"]]
+    _draw_rates(rates, result["cells"], numbers)
+    rates.set_title("all tokens and seeds, colours as left")
+    _draw_cost(result, cost)
     if result["networks"]:
         _draw_networks(result, *axes[:, 2])
-    iterations = np.array(result["iterations"])
-    pairs = []
+    return figure
+
+
+def _draw_logits(result, curves, enough):
+    """Draws the defect of random logits: over iterations, and after `enough`."""
+    config = result["config"]
     longest = max(config["num_tokens"])
-    for i, deviation in enumerate(config["deviations"]):
-        color = answer.COLORS[i % len(answer.COLORS)]
-        cells = [c for c in result["cells"] if c["deviation"] == deviation]
-        for cell in cells:
-            if cell["num_tokens"] == longest:
-                label = f"{deviation:g}"
-                _draw_curve(curves, iterations, cell, label, color=color)
-            pairs.append((color, cell["measured_rate"], cell["predicted_rate"]))
-    _finish_curves(curves, config)
+    for cell in result["cells"]:
+        if cell["num_tokens"] == longest:
+            i = config["deviations"].index(cell["deviation"])
+            look = {"color": style.series(i)["color"]}
+            look |= {"label": f"{cell['deviation']:g}"}
+            _draw_curve(curves, result, cell, **look)
     curves.set_title(f"{longest} tokens; median and range of seeds")
-    curves.legend(
-        title="deviation\nof logits",
-        title_fontsize=9,
-        frameon=False,
-        fontsize=9,
-        loc="lower left",
-    )
-    _draw_rates(rates, pairs)
-    rates.set_title("all tokens and seeds, colours as left")
+    curves.legend(title="deviation\nof logits", title_fontsize=9, loc="lower left")
     for i, n in enumerate(config["num_tokens"]):
-        style = {
-            "color": answer.COLORS[i % len(answer.COLORS)],
-            "marker": "os^Dv<>"[i % 7],
-        }
         cells = [c for c in result["cells"] if c["num_tokens"] == n]
-        values = np.array([c["defect_at_enough"] for c in cells])
-        enough.plot(
-            config["deviations"],
-            np.maximum(np.median(values, axis=1), 1e-16),
-            label=f"{n} tokens",
-            markersize=4,
-            **style,
-        )
+        defects = np.median([c["defect_at_enough"] for c in cells], axis=1)
+        look = style.series(i) | {"label": f"{n} tokens"}
+        enough.plot(config["deviations"], np.maximum(defects, LEAST), **look)
+    enough.axhline(config["tolerance"], **style.GUIDE)
+    enough.set(yscale="log", xlabel="standard deviation of logits")
+    enough.set_ylabel(f"column defect after {config['enough']} iterations")
+    enough.set_title("median of seeds; dotted: tolerance")
+    enough.legend()
+
+
+def _draw_cost(result, axis):
+    for i, n in enumerate(result["config"]["num_tokens"]):
         times = {
             t["num_iters"]: np.median(t["milliseconds"])
             for t in result["times"]
             if t["num_tokens"] == n
         }
-        ratio = [times[k] / times[0] for k in times]
-        cost.plot(list(times), ratio, label=f"{n} tokens", markersize=4, **style)
-    enough.axhline(config["tolerance"], color="0.35", linestyle=":")
-    enough.set(yscale="log", xlabel="standard deviation of logits")
-    enough.set_ylabel(f"column defect after {config['enough']} iterations")
-    enough.set_title("median of seeds; dotted: tolerance")
-    enough.legend(frameon=False, fontsize=9)
-    cost.set(xlabel="iterations", ylabel="processor time / softmax's")
-    cost.set_title("cost on this machine, float32")
-    cost.legend(frameon=False, fontsize=9)
-    return figure
+        ratio = [time / times[0] for time in times.values()]
+        axis.plot(list(times), ratio, label=f"{n} tokens", **style.series(i))
+    axis.set(xlabel="iterations", ylabel="processor time / softmax's")
+    axis.set_title("cost on this machine, float32")
+    axis.legend()
 
 
 def _draw_networks(result, curves, rates):
-    iterations = np.array(result["iterations"])
     networks = result["networks"]
     sources = list(dict.fromkeys(cell["source"] for cell in networks))
     longest = max(cell["num_tokens"] for cell in networks)
-    pairs = []
-    for cell in networks:
-        i = sources.index(cell["source"])
-        color = answer.COLORS[i % len(answer.COLORS)]
+    numbers = [sources.index(cell["source"]) for cell in networks]
+    for cell, i in zip(networks, numbers, strict=True):
         if cell["num_tokens"] == longest:
-            style = {"color": color, "linestyle": ("-", "--", "-.")[i % 3]}
-            _draw_curve(curves, iterations, cell, cell["source"], **style)
-        flat = (np.ravel(cell[key]) for key in ("measured_rate", "predicted_rate"))
-        pairs.append((color, *flat))
-    _finish_curves(curves, result["config"])
+            look = {"color": style.series(i)["color"]}
+            look |= {"linestyle": ("-", "--", "-.")[i % 3]}
+            _draw_curve(curves, result, cell, label=cell["source"], **look)
     curves.set_title(f"encoders on reviews, {longest} tokens;\nmedian, range of seeds")
-    curves.legend(frameon=False, fontsize=9, loc="lower left")
-    _draw_rates(rates, pairs)
+    curves.legend(loc="lower left")
+    _draw_rates(rates, networks, numbers)
     rates.set_title("their heads, all tokens and seeds,\ncolours as above")
 
 
-def _draw_curve(axis, iterations, cell, label, **style):
-    values = np.maximum(cell["defect"], 1e-16)
-    axis.plot(iterations + 1, np.median(values, axis=0), label=label, **style)
-    axis.fill_between(
-        iterations + 1,
-        values.min(axis=0),
-        values.max(axis=0),
-        color=style["color"],
-        alpha=0.15,
-        lw=0,
-    )
-
-
-def _finish_curves(axis, config):
-    axis.axvline(config["enough"] + 1, color="0.35", linestyle=":")
+def _draw_curve(axis, result, cell, **look):
+    """Draws one cell's defect over iterations, with a line at `enough` of them."""
+    iterations = np.array(result["iterations"]) + 1
+    style.median_and_range(axis, iterations, np.maximum(cell["defect"], LEAST), **look)
+    axis.axvline(result["config"]["enough"] + 1, **style.GUIDE)
     axis.set(xscale="log", yscale="log", ylim=(1e-14, 2))
     axis.set(xlabel="iterations + 1", ylabel="column defect")
 
 
-def _draw_rates(axis, cells):
-    """Measured against predicted, of cells (color, measured, predicted)."""
+def _draw_rates(axis, cells, numbers):
+    """Draws measured against predicted rates, in the colours of the numbers."""
     least = 1.0
-    for color, measured, predicted in cells:
-        pairs = zip(measured, predicted, strict=True)
-        both = np.array([p for p in pairs if p[0] is not None]).reshape(-1, 2)
-        both = both.astype(np.float64)
-        # Where blocks fall apart the rate is 1 to rounding.
-        both = both[(both < 1 - 1e-9).all(axis=1)]
-        least = min(least, (-np.log(both)).min(initial=1.0))
-        axis.plot(-np.log(both[:, 1]), -np.log(both[:, 0]), ".", color=color)
+    for cell, number in zip(cells, numbers, strict=True):
+        keys = ("measured_rate", "predicted_rate")
+        rates = np.array([np.ravel(cell[key]) for key in keys], np.float64)
+        # Where blocks fall apart the rate is 1 to rounding; NaN stands for null.
+        measured, predicted = -np.log(rates[:, (rates < 1 - 1e-9).all(axis=0)])
+        least = min([least, *measured, *predicted])
+        color = style.series(number)["color"]
+        axis.plot(predicted, measured, ".", color=color, ms=6)
     limits = np.array([least, 10.0])
-    axis.plot(limits, limits, color="0.35", linestyle=":")
+    axis.plot(limits, limits, **style.GUIDE)
     axis.set(xscale="log", yscale="log")
     axis.set(xlabel="predicted $-$log rate, per iteration")
     axis.set(ylabel="measured $-$log rate, per iteration")

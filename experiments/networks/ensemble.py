@@ -2,32 +2,24 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
+from tqdm import tqdm
 
-from ..data import Examples
-
-Params = Any  # A pytree; S seeds lead each leaf.
-
-
-def init(model: nn.Module, seeds: Sequence[int], seq_len: int) -> Params:
-    """Parameters for texts. They depend on shapes alone, not on the normaliser."""
-    tokens = jnp.zeros((1, seq_len), jnp.int32)
-    lengths = jnp.full((1,), seq_len, jnp.int32)
-    return _init(model, _keys(seeds), tokens, lengths)
+from ..data import Batch, Examples, eval_batches
+from . import step
+from .encoder import Encoder
+from .options import Training
+from .step import Optimization, Params, Skips
 
 
-def init_images(
-    model: nn.Module, seeds: Sequence[int], shape: tuple[int, int, int]
-) -> Params:
-    """The same for images, of the shape (H, W, C)."""
-    return _init(model, _keys(seeds), jnp.zeros((1, *shape), jnp.uint8), None)
+def init(model: Encoder, seeds: Sequence[int], examples: Examples) -> Params:
+    """Initial parameters of every seed, equal for all normalisers and examples."""
+    first = examples.take(slice(1))
+    return _init(model, _keys(seeds), first.inputs, first.lengths)
 
 
 def _keys(seeds):
@@ -36,131 +28,111 @@ def _keys(seeds):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model, keys, inputs, lengths):
-    return jax.vmap(lambda key: model.init(key, inputs, lengths)["params"])(keys)
+    return jax.vmap(lambda key: step.init_params(model, key, inputs, lengths))(keys)
 
 
 def train(
-    model: nn.Module,
+    model: Encoder,
     params: Params,
     examples: Examples,
+    training: Training,
     *,
-    has_skip: bool,
-    seeds: Sequence[int],
-    num_steps: int,
-    batch_size: int,
     learning_rate: float,
-    on_step: Callable[[], object] = lambda: None,
+    has_skip: bool = True,
     observe: Callable[[int, Params], object] = lambda step, params: None,
     observe_every: int = 1,
 ) -> tuple[Params, Float[np.ndarray, "S K"]]:
-    """Adam on the cross-entropy, each seed with its own order of the examples.
+    """Trains every seed with its own order of the examples.
 
     Args:
-        model: Maps inputs and lengths to class logits and intermediates.
-        params: From `init` or `init_images`.
+        model: The encoder.
+        params: Parameters of every seed, as from `init`. They stay as they are.
         examples: The training split.
-        has_skip: Handed to the model.
-        seeds: Decide the order of the examples, so equal seeds see equal batches.
-        num_steps: Updates. The learning rate rises over the first tenth and then falls
-            to zero along a cosine.
-        batch_size: Reviews of one update and seed.
-        learning_rate: At its peak.
-        on_step: Called after each update, for a progress bar.
+        training: Seeds, updates and batch size. Equal seeds see equal batches.
+        learning_rate: The peak, reached after a tenth of the updates. Then the rate
+            falls to zero along a cosine.
+        has_skip: Whether there are skip connections.
         observe: Called with the number of updates made and the parameters, before the
-            first update and after every `observe_every`.
-        observe_every: Updates.
+            first update and after every `observe_every`. It must not keep the
+            parameters, whose buffers the next update reuses.
+        observe_every: Updates from one observation to the next.
 
     Returns:
         The trained parameters, and the loss of each of K updates.
     """
-    optimizer = _optimizer(num_steps, learning_rate)
-    state = jax.vmap(optimizer.init)(params)
-    order = np.stack(
-        [_batches(len(examples), num_steps, batch_size, seed) for seed in seeds], axis=1
-    )  # [K, S, batch]
+    optimization = Optimization(
+        num_steps=training.num_steps, learning_rate=learning_rate
+    )
+    one = functools.partial(
+        _update, model, optimization, Skips(has_skip, has_skip), _keys(training.seeds)
+    )
+    state = _init_state(optimization, params)
     losses = []
     observe(0, params)
-    for index in order:
-        batch = examples.take(index)
-        params, state, loss = _step(
-            model,
-            optimizer,
-            has_skip,
-            params,
-            state,
-            batch.inputs,
-            batch.lengths,
-            batch.labels,
-        )
+    batches = _batches(examples, training)
+    for number in tqdm(range(1, training.num_steps + 1), leave=False, unit="step"):
+        state, loss = one(state, next(batches))
         losses.append(loss)
-        if len(losses) % 8 == 0:
-            loss.block_until_ready()  # So that progress is that of the device.
-        on_step()
-        if len(losses) % observe_every == 0:
-            observe(len(losses), params)
-    if not losses:
-        return params, np.zeros((len(seeds), 0), np.float32)
-    return params, np.stack(losses, axis=1)
-
-
-@functools.cache  # Equal arguments must give the same object, or jit compiles again.
-def _optimizer(num_steps, learning_rate):
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, num_steps // 10), max(2, num_steps)
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-
-def _batches(num_examples, num_steps, batch_size, seed):
-    """Indices [K, batch] that pass through all examples before any repeats."""
-    rng = np.random.default_rng(seed)
-    num_epochs = -(-num_steps * batch_size // num_examples)
-    order = [rng.permutation(num_examples) for _ in range(num_epochs)]
-    order = np.concatenate([*order, np.zeros(0, np.int64)])
-    return order[: num_steps * batch_size].reshape(num_steps, batch_size)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _step(model, optimizer, has_skip, params, state, inputs, lengths, labels):
-    def loss_of(params, inputs, lengths, labels):
-        logits, _ = model.apply({"params": params}, inputs, lengths, has_skip=has_skip)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean()
-
-    def update(params, state, *batch):
-        loss, grads = jax.value_and_grad(loss_of)(params, *batch)
-        # Adam's bias correction raises a float to an integer.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return jax.vmap(update)(params, state, inputs, lengths, labels)
-
-
-def accuracy(
-    model: nn.Module,
-    params: Params,
-    examples: Examples,
-    *,
-    has_skip: bool,
-    batch_size: int = 128,
-) -> Float[np.ndarray, " S"]:
-    """Fraction of examples that each seed's parameters classify rightly."""
-    correct = []
-    for start in range(0, len(examples), batch_size):
-        # The last batch overlaps the one before it, so that one shape is compiled.
-        end = min(start + batch_size, len(examples))
-        batch = examples.take(slice(max(0, end - batch_size), end))
-        is_correct = _correct(
-            model, has_skip, params, batch.inputs, batch.lengths, batch.labels
-        )
-        correct.append(is_correct[:, start - end :])
-    return np.concatenate(correct, axis=1).mean(axis=1)
+        if number % 8 == 0:
+            loss.block_until_ready()  # So that progress is the device's.
+        if number % observe_every == 0:
+            observe(number, state.params)
+    losses = np.array(jax.device_get(losses), np.float32)
+    return state.params, losses.reshape(-1, len(training.seeds)).T
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _correct(model, has_skip, params, inputs, lengths, labels) -> Bool[Array, "S B"]:
-    logits, _ = jax.vmap(
-        lambda p: model.apply({"params": p}, inputs, lengths, has_skip=has_skip)
-    )(params)
-    return logits.argmax(axis=-1).astype(labels.dtype) == labels[None, :]
+def _init_state(optimization, params):
+    return jax.vmap(functools.partial(step.init_state, optimization))(params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _update(model, optimization, skips, keys, state, batch):
+    def one(key, state, batch):
+        return step.update(model, optimization, None, skips, key, state, batch)
+
+    return jax.vmap(one)(keys, state, batch)
+
+
+def _batches(examples, training):
+    """Yields batches [S, B]; each seed sees all examples before it repeats any."""
+    num, size = training.num_steps, training.batch_size
+    num_epochs = -(-num * size // len(examples))
+    order = []
+    for seed in training.seeds:
+        rng = np.random.default_rng(seed)
+        epochs = [rng.permutation(len(examples)) for _ in range(num_epochs)]
+        order.append(np.concatenate(epochs)[: num * size].reshape(num, size))
+    for index in np.stack(order, axis=1):  # [K, S, B]
+        part = examples.take(index)
+        weights = np.ones(index.shape, np.float32)
+        yield Batch(part.inputs, part.lengths, part.labels, weights)
+
+
+def last_loss(losses: Float[np.ndarray, "S K"]) -> list[float]:
+    """The mean loss of the last tenth of the updates, [seed]."""
+    return losses[:, -max(1, losses.shape[1] // 10) :].mean(axis=1).tolist()
+
+
+def require_finite(losses: Float[np.ndarray, "S K"], learning_rate: float) -> None:
+    """Raises FloatingPointError if the training diverged to an infinite or NaN loss."""
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"The loss at learning_rate={learning_rate} became infinite or NaN. Lower "
+            "it."
+        )
+
+
+def accuracy(
+    model: Encoder, params: Params, examples: Examples, *, has_skip: bool = True
+) -> Float[np.ndarray, " S"]:
+    """The fraction of examples that each seed's parameters classify correctly."""
+    batches = eval_batches(examples, batch_size=min(128, len(examples)))
+    skips = Skips(has_skip, has_skip)
+    return step.mean_score(_score(model, skips, params, b) for b in batches)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model, skips, params, batch):
+    one = lambda params: step.score(model, None, skips, params, batch)
+    return jax.vmap(one)(params)

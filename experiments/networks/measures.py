@@ -1,30 +1,30 @@
-"""Rank and entropy collapse of a stack of encoders, layer by layer."""
+"""What the layers of the encoders of several seeds do: rank, entropy, logits."""
 
 import functools
 from typing import Final
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sinkhorn_jax import collapse
 
 from ..data import Examples
 from . import pure_attention
-from .encoder import Encoder
-from .ensemble import Params
+from .encoder import Encoder, apply_with_plans
+from .step import Params
 
-# Relative residuals below it are roundings: one of float32 in each token is 1e-7, and
-# a layer has several.
+# A relative residual below this is rounding: one rounding of float32 in each token
+# makes 1e-7, and a layer has several.
 FLOAT32_FLOOR = 4 * float(np.finfo(np.float32).eps)
 
-# Those of `collapse.relative_residual`, the first the one that is always measured.
+# The norms of `collapse.relative_residual`. The first is always measured.
 NORMS: Final = ("fro", "spectral", "1inf")
 
-
 # What `measure` returns, for the JSON of a result.
-DEFINITIONS = {
+DEFINITIONS: Final = {
     "relative_residual": (
         "Frobenius norm of the tokens less their mean, over that of the tokens, "
         "without padding; median over the measured examples; [seed][layer], 0 the "
@@ -66,27 +66,18 @@ def measure(
 ) -> dict[str, list[list[float]]]:
     """The measures of `DEFINITIONS` layer by layer, for every seed of `params`.
 
-    Args:
-        model: The encoder.
-        params: Of every seed.
-        examples: On which it is measured.
-        has_skip: Handed to the model.
-        norms: Of the relative residual.
+    `has_skip` says whether there are skip connections; `norms` are those of the
+    relative residual.
     """
     residuals, entropy, column, row, embedding = jax.device_get(
         _observe(model, norms, has_skip, params, examples.inputs, examples.lengths)
     )
-    result = {
-        **{
-            "relative_residual" + ("" if norm == "fro" else f"_{norm}"): np.median(
-                residual, axis=2
-            ).tolist()
-            for norm, residual in residuals.items()
-        },
-        "attention_entropy": entropy.tolist(),
-        "column_defect": column.tolist(),
-        "row_defect": row.tolist(),
-    }
+    result = {}
+    for norm, residual in residuals.items():
+        name = "relative_residual" + ("" if norm == "fro" else f"_{norm}")
+        result[name] = np.median(residual, axis=2).tolist()
+    defects = {"column_defect": column.tolist(), "row_defect": row.tolist()}
+    result |= {"attention_entropy": entropy.tolist(), **defects}
     is_pure = not has_skip and not model.has_mlp and model.layer_norm == "none"
     if is_pure and (model.finish, model.logit_scale) == ("rows", 1.0):
         logs = _recursion(model, params, embedding, examples.lengths)
@@ -97,10 +88,10 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _observe(model, norms, has_skip, params, inputs, lengths):
     def observe(params):
-        _, (hidden_states, plans, where) = model.apply(
-            {"params": params}, inputs, lengths, has_skip=has_skip, with_plans=True
+        _, (hidden_states, plans, where) = apply_with_plans(
+            model, params, inputs, lengths, has_skip=has_skip
         )
-        rows = where[None, :, None, :]  # Of the plans [L, B, N, T, T].
+        rows = where[None, :, None, :]  # The rows of the plans [L, B, N, T, T].
         return (
             {
                 norm: collapse.residual_over_depth(hidden_states, norm, where)
@@ -116,30 +107,50 @@ def _observe(model, norms, has_skip, params, inputs, lengths):
 
 
 def _recursion(model, params, embedding, lengths):
-    """The residuals of pure attention, [S, B, L + 1], as decimal logarithms."""
-    kernels = jax.device_get(params["layers"]["attention"])
-    result = []
+    """Decimal logarithms of the residuals of pure attention, [S, B, L + 1]."""
+    params, result = jax.device_get(params), []
     if lengths is None:
         lengths = np.full(embedding.shape[1], embedding.shape[2])
     for seed, x in enumerate(embedding):
-        weights = pure_attention.Weights(
-            *(kernels[name]["kernel"][seed] for name in pure_attention.Weights._fields)
-        )
-        result.append(
-            [
-                pure_attention.log10_relative_residual(
-                    tokens[:length], weights, model.num_iters
-                )
-                for tokens, length in zip(x, lengths, strict=True)
-            ]
-        )
+        weights = pure_attention.Weights.of(params, seed)
+        texts = (tokens[:length] for tokens, length in zip(x, lengths, strict=True))
+        follow = pure_attention.log10_relative_residual
+        result.append([follow(text, weights, model.num_iters) for text in texts])
     return np.array(result)
 
 
 def column_defect(
     plan: Float[Array, "*B T T"], where: Bool[Array, "*#B T"]
 ) -> Float[Array, " *B"]:
-    """How far the columns are from summing to 1, over valid tokens; at most 2."""
+    """Sum of |column sum - 1| over the number of valid tokens, from 0 to 2."""
     defect = jnp.abs(plan.sum(axis=-2) - 1.0)
     count = where.sum(axis=-1).astype(plan.dtype)
     return jnp.where(where, defect, 0.0).sum(axis=-1) / jnp.maximum(count, 1.0)
+
+
+def attention_logits(
+    model: Encoder, params: Params, words: Int[np.ndarray, "B T"]
+) -> Float[np.ndarray, "S M T T"]:
+    """The logits of every layer, text and head of each seed's network, in float64.
+
+    They are made from the hidden states, in float32, of a network with pre-LayerNorm.
+    """
+    batch, num_tokens = words.shape
+    lengths = jnp.full(batch, num_tokens, jnp.int32)
+    apply = lambda p: model.apply({"params": p}, words, lengths)[1].hidden_states
+    hidden_states = jax.jit(jax.vmap(apply))(params)  # [S, L + 1, B, T, D]
+
+    def layer(params, x):
+        x = nn.LayerNorm(dtype=x.dtype).apply({"params": params["LayerNorm_0"]}, x)
+        query, key = (
+            jnp.einsum("btd,dnh->bnth", x, params["attention"][name]["kernel"])
+            for name in ("query", "key")
+        )
+        return query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+
+    inputs = jax.device_get((params["layers"], hidden_states[:, :-1]))
+    # Flax's LayerNorm promotes the dtype of its input with float32.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), inputs)
+        logits = np.asarray(jax.vmap(jax.vmap(layer))(*inputs))
+    return logits.reshape(len(logits), -1, num_tokens, num_tokens)

@@ -1,28 +1,32 @@
-r"""The residual of pure self-attention, far below the smallest float64.
+r"""The residual of pure self-attention, also where it is far below the least float64.
 
 Write the tokens as $X = \mathbf{1}c^\top + e^s R$ with $\mathbf{1}^\top R = 0$ and
 $\|R\| = 1$. Up to a constant in each row, which every normaliser cancels, the logits
 are $\mathbf{1}u^\top + \varepsilon M$ with $\varepsilon = e^{2s}$,
-$M = R W_{QK} R^\top / \sqrt{d}$ and $u$ small as $e^s$. Were $\varepsilon = 0$, all
-rows of the plan would be one $w$, and the output would have no residual. So the plan is
-kept as $P = (\mathbf{1}\mathbf{1}^\top + \varepsilon\Delta)\,\mathrm{diag}(w)$, and
+$M = R W_{QK} R^\top / \sqrt{d}$ and $u$ of the order $e^s$. If $\varepsilon$ were 0,
+all rows of the plan would equal one $w$, and the output would have no residual. So the
+plan is written as
+$P = (\mathbf{1}\mathbf{1}^\top + \varepsilon\Delta)\,\mathrm{diag}(w)$, and
 
     residual of P X W_V  =  e^{3s} C Delta diag(w) R W_V,    C the centring matrix.
 
-Delta has a limit as $\varepsilon$ vanishes, and every step towards it is computed
-without cancellation, so nothing is lost at any depth: s itself is what is carried on.
-In the limit Delta is C M C for Sinkhorn and M, less its row means under w, for softmax.
-Thus s becomes 3 s + const: doubly exponential decay, for both normalisers.
+Delta has a limit as $\varepsilon$ vanishes. Every step is computed without
+cancellation, and the recursion carries s itself, so no digits are lost at any depth. In
+the limit Delta is C M C for Sinkhorn, and M less its row means under w for softmax.
+Therefore s becomes 3 s + const: doubly exponential decay, for both normalisers.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 from jaxtyping import Float
 
-# Largest deviation of a logit that counts as small. Both ways are exact to 1e-12 for
-# any from 1e-3 to 10.
+from .options import Network
+
+# The largest deviation of a logit for which Delta is computed; above it the plan is.
+# Any threshold from 1e-3 to 10 gives the same to 1e-12.
 SMALL = 1.0
 
 
@@ -34,6 +38,12 @@ class Weights(NamedTuple):
     value: Float[np.ndarray, "L D N H"]
     out: Float[np.ndarray, "L N H D"]
 
+    @classmethod
+    def of(cls, params: Any, seed: int) -> "Weights":
+        """The weights of the attention in an encoder's parameters of several seeds."""
+        kernels = params["layers"]["attention"]
+        return cls(*(kernels[name]["kernel"][seed] for name in cls._fields))
+
 
 class Tokens(NamedTuple):
     """Tokens as their mean, and the direction and size of their residual."""
@@ -43,39 +53,33 @@ class Tokens(NamedTuple):
     log_scale: float  # s
 
     @property
-    def log_relative_residual(self) -> float:
-        """Natural logarithm of the relative residual in the Frobenius norm."""
+    def log10_relative_residual(self) -> float:
+        """Decimal logarithm of the relative residual in the Frobenius norm."""
         # The mean and the residual are orthogonal.
         log_mean = np.log(np.linalg.norm(self.mean) * len(self.direction) ** 0.5)
-        return self.log_scale - np.logaddexp(2 * log_mean, 2 * self.log_scale) / 2
+        log_whole = np.logaddexp(2 * log_mean, 2 * self.log_scale) / 2
+        return (self.log_scale - log_whole) / np.log(10)
 
 
 def log10_relative_residual(
     x: Float[np.ndarray, "T D"], weights: Weights, num_iters: int
 ) -> Float[np.ndarray, " L+1"]:
-    """How the relative residual falls over a stack of attention layers alone.
+    """The relative residual of the input and after each layer, as `follow` finds it."""
+    return np.array([t.log10_relative_residual for t in follow(x, weights, num_iters)])
+
+
+def follow(
+    x: Float[np.ndarray, "T D"], weights: Weights, num_iters: int
+) -> Iterator[Tokens]:
+    """Yields the tokens that enter a stack of attention layers, and after each layer.
 
     Args:
         x: Tokens that enter the first layer, without padding.
         weights: Projections of each layer. Logits are divided by the root of H.
         num_iters: Sinkhorn iterations; 0 is softmax.
 
-    Returns:
-        Its decimal logarithm for the input and after each layer, in the Frobenius norm.
-
     Raises:
-        ValueError: The tokens are all equal, so that there is no residual to follow.
-    """
-    states = follow(x, weights, num_iters)
-    return np.array([t.log_relative_residual for t in states]) / np.log(10)
-
-
-def follow(
-    x: Float[np.ndarray, "T D"], weights: Weights, num_iters: int
-) -> Iterator[Tokens]:
-    """The tokens that enter the first layer and those after each, as they are made.
-
-    Args and Raises: As `log10_relative_residual`.
+        ValueError: All tokens are equal, so there is no residual to follow.
     """
     x = np.asarray(x, np.float64)
     if np.ptp(x, axis=0).max() == 0:
@@ -92,15 +96,10 @@ def follow(
 
 
 def random_problem(
-    seed: int,
-    *,
-    depth: int,
-    num_tokens: int,
-    width: int,
-    num_heads: int,
-    token_scale: float = 1.0,
+    seed: int, num_tokens: int, network: Network, token_scale: float = 1.0
 ) -> tuple[Float[np.ndarray, "T D"], Weights]:
     """Standard normal tokens times a scale, and weights that keep their variance."""
+    depth, width, num_heads = network.depth, network.width, network.num_heads
     rng = np.random.default_rng(seed)
     into = (depth, width, num_heads, width // num_heads)
     shapes = (into, into, into, (depth, num_heads, width // num_heads, width))
@@ -126,8 +125,8 @@ def _layer(tokens, weights, num_iters):
     u = np.exp(s) * np.einsum("nh,nth->nt", q_mean, k)[:, None, :]  # [N, 1, T]
     epsilon = np.exp(2 * s)  # 0 below the range of float64: the limit.
     if epsilon * np.abs(m).max() > SMALL:
-        # Large deviations have nothing to cancel, and are safest as logarithms.
-        mixed, log_gain = _plan(u + epsilon * m, num_iters) @ v, 0.0
+        # Nothing cancels in large deviations, and logarithms do not overflow.
+        mixed, log_gain = normalise(u + epsilon * m, num_iters) @ v, 0.0
         mean_gain = mixed.mean(axis=1)
     else:
         w, delta = _deviation(u, m, epsilon, num_iters)
@@ -139,26 +138,23 @@ def _layer(tokens, weights, num_iters):
     return _split(mean, residual, s + log_gain)
 
 
-def _plan(logits, num_iters):
-    log_plan = logits - _logsumexp(logits, axis=2)
-    for _ in range(num_iters):
-        log_plan = log_plan - _logsumexp(log_plan, axis=1)
-        log_plan = log_plan - _logsumexp(log_plan, axis=2)
+def normalise(
+    logits: Float[np.ndarray, "*B T T"], num_iters: int
+) -> Float[np.ndarray, "*B T T"]:
+    """The plan: the softmax over the last axis, then column and row steps."""
+    log_plan = scipy.special.log_softmax(logits, axis=-1)
+    for axis in (-2, -1) * num_iters:
+        log_plan = scipy.special.log_softmax(log_plan, axis=axis)
     return np.exp(log_plan)
 
 
-def _logsumexp(x, axis):
-    top = x.max(axis=axis, keepdims=True)
-    return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
-
-
 def _deviation(u, m, epsilon, num_iters):
-    """The w and Delta of the plan (1 + epsilon Delta) diag(w) of u + epsilon m.
+    """Returns w and Delta of the plan (1 + epsilon Delta) diag(w) of u + epsilon m.
 
     Dividing 1 + epsilon Delta by its mean 1 + epsilon a, along rows or columns, leaves
     1 + epsilon (Delta - a) / (1 + epsilon a): a step never forms 1 + epsilon Delta.
     """
-    w = np.exp(u - _logsumexp(u, axis=2))  # [N, 1, T]
+    w = scipy.special.softmax(u, axis=2)  # [N, 1, T]
     # (exp(z) - 1) / epsilon for z = epsilon m; m itself where z is 0.
     z = epsilon * m
     delta = m * np.divide(np.expm1(z), z, out=np.ones_like(z), where=z != 0)

@@ -6,17 +6,17 @@ Compares each bound of `sinkhorn_jax.collapse` with the residual of networks of
 attention alone, random and trained on IMDb reviews: layer by layer, from the measured
 residual before a layer, and over depth, from the input's. Residuals come from the
 log-scaled recursion of `pure_attention`, each in the norm of its bound. A violation is
-counted and reported; one refutes a bound for these networks. Dong's has gamma = 1,
-which its proof gives for nearly equal column factors only, and the reported one an
-unknown prefactor, here 1: both may fail. "Sinkhorn limit" assumes exact columns.
+counted and reported; one refutes a bound for these networks. Two bounds may fail:
+Dong's has gamma = 1, which its proof gives for nearly equal column factors only, and
+the reported one an unknown prefactor, here 1. "Sinkhorn limit" assumes exact columns.
 
 Takes 2 to 3 minutes on a CPU core, with --quick 15 seconds. As measured, nothing is
 violated. A layer's column-sum bound is 1.3 to 3 decades above the residual, the
 project's own 1 to 4, Dong's 5 and the reported one 7; over depth these gaps triple.
 
-The bounds are of Dong et al.
-2021, https://arxiv.org/abs/2103.03404; reported second-hand of Lapenna et al. 2026,
-https://arxiv.org/abs/2604.07925; and this project's own. All sizes are this module's.
+The bounds are those of Dong et al. 2021, https://arxiv.org/abs/2103.03404; of Lapenna
+et al. 2026, https://arxiv.org/abs/2604.07925, as reported second-hand; and this
+project's own. All sizes are this module's.
 """
 
 import dataclasses
@@ -27,45 +27,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from sinkhorn_jax import collapse, sinkhorn
 
-from ..data import imdb
-from ..evidence import answer
-from ..networks import ensemble
-from ..networks.encoder import Encoder
+from ..evidence import claims, files
+from ..evidence.claims import Finding
+from ..figures.bounds import draw
+from ..networks import ensemble, reviews
+from ..networks.options import require_at_least
 from ..networks.pure_attention import Weights, follow, random_problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(reviews.Setup):
     """Everything that can change the result."""
 
-    depth: int = 6  # Layers.
     num_tokens: int = 32
-    width: int = 32  # Features of a token.
-    num_heads: int = 2  # A divisor of the width.
     token_scales: tuple[float, ...] = (0.1, 1.0)  # Deviation of random tokens.
-    num_iters: tuple[int, ...] = (0, 1, 10, 50)  # Of Sinkhorn; 0 is softmax.
-    gamma: float = 1.0  # Of Dong's bound.
-    prefactor: float = 1.0  # Of the reported bound.
+    num_iters: tuple[int, ...] = (0, 1, 10, 50)  # Sinkhorn iterations; 0 is softmax.
+    gamma: float = 1.0  # The gamma of Dong's bound.
+    prefactor: float = 1.0  # The prefactor of the reported bound.
     num_steps: int = 150  # Updates of the trained networks; 0 leaves them out.
-    trained_iters: tuple[int, ...] = (0, 10)  # Normalisers of these.
-    vocab_size: int = 4000
-    num_train: int = 10_000  # Training reviews.
-    batch_size: int = 32
-    learning_rate: float = 1e-3  # Of Adam, at its peak.
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    data_seed: int = 0  # Split of the reviews.
-    output: pathlib.Path = answer.RESULTS / "bounds"
+    trained_iters: tuple[int, ...] = (0, 10)  # The num_iters of the trained networks.
+    learning_rate: float = 1e-3  # The peak of Adam's rate.
+    output: pathlib.Path = files.RUNS / "bounds"
 
     def __post_init__(self):
-        least = dict.fromkeys(("depth", "width", "num_heads", "batch_size"), 1)
-        zero = dict.fromkeys(("num_iters", "trained_iters", "seeds", "num_steps"), 0)
-        answer.require_at_least(self, {**least, **zero, "num_tokens": 2})
-        answer.require_even_heads(self)
+        super().__post_init__()
+        require_at_least(self, 2, "num_tokens")
+        require_at_least(self, 0, "num_iters", "trained_iters")
 
 
 QUICK = Config(
@@ -76,244 +67,182 @@ QUICK = Config(
     num_iters=(0, 10),
     num_steps=0,
     seeds=(0, 1, 2),
-    output=answer.RESULTS / "bounds_quick",
+    output=files.RUNS / "bounds_quick",
 )
 
 DEFINITIONS = {
     "log10_residual": (
-        "[seed][layer], 0 the input; of the residual, in the norm of each bound."
+        "[seed][layer], 0 the input; decimal logarithm of the residual in the norm of "
+        "each bound."
     ),
     "log10_step": (
-        "[seed][layer]; bound after each layer over what was measured there, as "
-        "decimal logarithms, from the residual measured before it. Negative is a "
-        "violation. null where the plan is too near to uniform for float64."
+        "[seed][layer]; decimal logarithm of the bound after a layer, made from the "
+        "residual measured before it, over the residual measured after it. Negative is "
+        "a violation. null where the plan is too near to uniform for float64."
     ),
-    "log10_depth": "[seed][layer]; the same from the residual of the input alone.",
+    "log10_depth": (
+        "[seed][layer]; the same for the bound made from the residual of the input."
+    ),
 }
 
-# A bound may be met with equality; this is what rounding may then add, in log10.
+# A bound may be met with equality, and rounding may then violate it by this, in log10.
 ROUNDING = 1e-9
-# Below it the deviation of a plan's entries is rounding of float64.
+# The norms of the residuals.
+NORMS = ("spectral", "1inf")
+# A smaller deviation of a plan's entries is rounding of float64.
 LEAST_DELTA = 1e-8
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures all networks; writes JSON and figure, prints the findings.
-
-    Returns:
-        What the JSON holds.
-    """
+    """Measures all networks; writes JSON and figure, prints the findings."""
     start = time.monotonic()
     cells = []
     for scale in config.token_scales:
         problems = [
-            random_problem(
-                seed,
-                depth=config.depth,
-                num_tokens=config.num_tokens,
-                width=config.width,
-                num_heads=config.num_heads,
-                token_scale=scale,
-            )
+            random_problem(seed, config.num_tokens, config, scale)
             for seed in config.seeds
         ]
-        cells += [
-            _cell(config, f"random, tokens of deviation {scale:g}", problems, num_iters)
-            for num_iters in config.num_iters
-        ]
+        source = f"random, tokens of deviation {scale:g}"
+        cells += [_cell(config, source, problems, n) for n in config.num_iters]
     if config.num_steps:
         cells += _trained(config)
-    findings = [
-        _finding(cell, bound, mode)
-        for cell in cells
-        for bound in cell["bounds"]
-        for mode in ("step", "depth")
-        if f"log10_{mode}" in bound
-    ]
-    result = {"definitions": DEFINITIONS, "cells": cells, "findings": findings}
-    return answer.write("bounds", config, result, _draw, start)
+    measured = {"definitions": DEFINITIONS, "cells": cells}
+    return files.write_result("bounds", config, measured, findings, draw, start)
 
 
 def _trained(config):
-    """Networks of attention alone that were trained to classify reviews."""
-    dataset = imdb(
-        seq_len=config.num_tokens,
-        vocab_size=config.vocab_size,
-        num_train=config.num_train,
-        num_validation=256,
-        seed=config.data_seed,
-    )
-    is_full = dataset.validation.lengths == config.num_tokens
-    reviews = dataset.validation.take(np.flatnonzero(is_full)[: len(config.seeds)])
+    """Yields the cells of networks that were trained to classify reviews."""
+    data, words = config.long_reviews(config.num_tokens, len(config.seeds))
     for num_iters in config.trained_iters:
-        model = Encoder(
-            vocab_size=dataset.vocab_size,
-            seq_len=config.num_tokens,
-            depth=config.depth,
-            width=config.width,
-            num_heads=config.num_heads,
-            num_iters=num_iters,
-            has_mlp=False,
-            layer_norm="none",
-        )
+        model = config.encoder(data, num_iters, has_mlp=False, layer_norm="none")
         params, _ = ensemble.train(
             model,
-            ensemble.init(model, config.seeds, config.num_tokens),
-            dataset.train,
-            has_skip=False,
-            seeds=config.seeds,
-            num_steps=config.num_steps,
-            batch_size=config.batch_size,
+            ensemble.init(model, config.seeds, data.train),
+            data.train,
+            config,
             learning_rate=config.learning_rate,
+            has_skip=False,
         )
         params = jax.device_get(params)
-        kernels = params["layers"]["attention"]
         problems = []
-        for i, words in enumerate(reviews.inputs):
-            x = params["Embed_0"]["embedding"][i][words] + params["position"][i]
-            weights = [kernels[name]["kernel"][i] for name in Weights._fields]
-            problems.append((x, Weights(*weights)))
+        for i, review in enumerate(words):
+            x = params["Embed_0"]["embedding"][i][review] + params["position"][i]
+            problems.append((x, Weights.of(params, i)))
         yield _cell(config, "trained on reviews", problems, num_iters)
 
 
 def _cell(config, source, problems, num_iters):
-    normaliser = "sinkhorn" if num_iters else "softmax"
-    own = {f"own, {normaliser}": normaliser}
-    if num_iters:
-        own["own, Sinkhorn limit"] = "sinkhorn limit"
-    rows = [_network(config, own, *problem, num_iters) for problem in problems]
-    bounds = []
-    for name in rows[0]:
-        bound = {"name": name}
-        for key in rows[0][name]:
-            bound[key] = [row[name][key] for row in rows]
-        for mode in ("step", "depth"):
-            if f"log10_{mode}" in bound:
-                values = np.array(bound[f"log10_{mode}"], np.float64)
-                is_seen = np.isfinite(values)
-                bound[f"num_{mode}"] = int(is_seen.sum())
-                violations = (values < -ROUNDING) & is_seen
-                bound[f"violations_{mode}"] = int(violations.sum())
-        bounds.append(bound)
+    """How far every bound is above the residuals of networks, one for each seed."""
+    states = [zip(*follow(*problem, num_iters), strict=True) for problem in problems]
+    mean, direction, log_scale = (
+        np.stack(x) for x in zip(*(map(np.stack, s) for s in states), strict=True)
+    )  # [S, L + 1, ...]
+    weights = zip(*(weights for _, weights in problems), strict=True)
+    query, key, value, out = (np.stack(w).astype(np.float64) for w in weights)
+    qk = np.einsum("sldnh,slenh->slnde", query, key)
+    vo = np.einsum("sldnh,slnhe->slnde", value, out)
+    head_dim, num_tokens = query.shape[-1], direction.shape[-2]
+    sizes = (head_dim, num_tokens)
+    mean_norm = np.linalg.norm(mean, axis=-1)
+    residual, residual_1inf = (log_scale + np.log(_norm(direction, n)) for n in NORMS)
+    spectral = _norm(qk, "spectral"), _norm(vo, "spectral")
+    tokens = mean[..., None, :] + np.exp(log_scale)[..., None, None] * direction
+    logits = tokens[:, :-1, None] @ qk @ tokens[:, :-1, None].swapaxes(-1, -2)
+    logits = logits / head_dim**0.5  # [S, L, N, T, T]
+    found = {
+        "column sums": {
+            "log10_residual": residual / np.log(10),
+            "log10_step": _column_sums(logits, residual, spectral[1], num_iters),
+        }
+    }
+    # Each bound is a function of log residual and norms of queries and keys, values and
+    # the mean token.
+    own = {"own, sinkhorn": "sinkhorn", "own, Sinkhorn limit": "sinkhorn limit"}
+    for name, normaliser in (own if num_iters else {"own, softmax": "softmax"}).items():
+        bound = lambda *norms, mean, normaliser=normaliser: (
+            collapse.pure_attention_log_bound(*norms, *sizes, normaliser, mean)
+        )
+        found[name] = _excess(bound, residual, *spectral, mean_norm)
+    bound = lambda *norms, mean: collapse.dong_log_bound(*norms, head_dim, config.gamma)
+    norms = np.linalg.norm(qk, 1, axis=(-2, -1)), _norm(vo, "1inf")
+    found["Dong"] = _excess(bound, residual_1inf, *norms, mean_norm)
+    bound = lambda *norms, mean: collapse.reported_log_bound(
+        *norms, *sizes, config.prefactor
+    )
+    found["reported"] = _excess(bound, residual, *spectral, mean_norm)
     return {
         "source": source,
         "num_iters": num_iters,
-        "normaliser": answer.name_of(num_iters),
-        "bounds": bounds,
+        "normaliser": claims.normaliser_name(num_iters),
+        "bounds": [_counted(name, values) for name, values in found.items()],
     }
 
 
-def _network(config, own, x, weights, num_iters):
-    """All bounds on one network, by name."""
-    states = list(follow(x, weights, num_iters))
-    n, d = len(x), weights.query.shape[-1]
-    qk = np.einsum("ldnh,lenh->lnde", *map(np.float64, weights[:2]))
-    value = np.einsum("ldnh,lnhe->lnde", *map(np.float64, weights[2:]))
-    norms = {order: (_norm(qk, order), _norm(value, order)) for order in (2, "1inf")}
-    log = {
-        order: np.array(
-            [t.log_scale + np.log(_norm(t.direction, order)) for t in states]
-        )
-        for order in (2, "1inf")
+def _counted(name, values):
+    """The values of a bound as JSON holds them, and how many of them violate it."""
+    bound = {"name": name}
+    for key, each in values.items():
+        is_seen = np.isfinite(each)
+        bound[key] = files.or_null(each, ~np.isnan(each))
+        if (mode := key.removeprefix("log10_")) != "residual":
+            bound[f"num_{mode}"] = int(is_seen.sum())
+            bound[f"violations_{mode}"] = int((is_seen & (each < -ROUNDING)).sum())
+    return bound
+
+
+def _excess(bound, log_residual, qk_norm, value_norm, mean_norm):
+    """How far a bound is above the measured residuals, as decimal logarithms."""
+
+    def after(*norms, mean):
+        norms = map(jnp.asarray, norms)
+        return np.asarray(bound(*norms, mean=jnp.asarray(mean)))[..., 1:]
+
+    with jax.enable_x64(True):
+        # For the steps, every layer is a network of one layer, in a batch.
+        layers = log_residual[:, :-1], qk_norm[:, :, None], value_norm[:, :, None]
+        step = after(*layers, mean=mean_norm[:, :-1])[..., 0]
+        depth = after(log_residual[:, 0], qk_norm, value_norm, mean=mean_norm[:, 0])
+    return {
+        "log10_residual": log_residual / np.log(10),
+        "log10_step": (step - log_residual[:, 1:]) / np.log(10),
+        "log10_depth": (depth - log_residual[:, 1:]) / np.log(10),
     }
-    means = np.array([np.linalg.norm(t.mean) for t in states])
-    result = {}
-
-    def add(name, order, function, qk_norm, value_norm, has_mean=False):
-        measured = log[order]
-
-        def excess(log_before, mean, qk_norm, value_norm, after):
-            args = [log_before, qk_norm, value_norm, *([mean] if has_mean else [])]
-            with jax.enable_x64(True):
-                bound = function(*(jnp.asarray(a, jnp.float64) for a in args))
-            return (np.asarray(bound)[..., 1:] - after) / np.log(10)
-
-        # As a batch of networks of a layer each, and as one of all.
-        step = excess(
-            measured[:-1],
-            means[:-1],
-            qk_norm[:, None],
-            value_norm[:, None],
-            measured[1:, None],
-        )[:, 0]
-        depth = excess(measured[0], means[0], qk_norm, value_norm, measured[1:])
-        result[name] = {
-            "log10_residual": (measured / np.log(10)).tolist(),
-            "log10_step": step.tolist(),
-            "log10_depth": depth.tolist(),
-        }
-
-    result["column sums"] = {
-        "log10_residual": (log[2] / np.log(10)).tolist(),
-        "log10_step": _column_sums(states, qk, value, log[2], d, num_iters),
-    }
-    for name, normaliser in own.items():
-        has_mean = normaliser == "softmax"
-        add(name, 2, _own(d, n, normaliser, has_mean), *norms[2], has_mean)
-    one = np.linalg.norm(qk, 1, axis=(-2, -1))
-    add("Dong", "1inf", _dong(d, config.gamma), one, norms["1inf"][1])
-    add("reported", 2, _reported(d, n, config.prefactor), *norms[2])
-    return result
-
-
-@functools.cache  # The same object for equal arguments, so that jit compiles once.
-def _own(head_dim, num_tokens, normaliser, has_mean):
-    def bound(log_residual, qk_norm, value_norm, mean=None):
-        return collapse.pure_attention_log_bound(
-            log_residual, qk_norm, value_norm, head_dim, num_tokens, normaliser, mean
-        )
-
-    if has_mean:
-        return jax.jit(bound)
-    return jax.jit(lambda *norms: bound(*norms))
-
-
-@functools.cache
-def _dong(head_dim, gamma):
-    return jax.jit(lambda *x: collapse.dong_log_bound(*x, head_dim, gamma))
-
-
-@functools.cache
-def _reported(head_dim, num_tokens, prefactor):
-    return jax.jit(
-        lambda *x: collapse.reported_log_bound(*x, head_dim, num_tokens, prefactor)
-    )
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _of_plans(logits, residual, value_norm, num_iters):
+def _column_sum_bound(logits, residual, value_norm, num_iters):
     plan = sinkhorn(logits, num_iters)
-    delta = collapse.log_deviation(plan)
-    residual = jnp.broadcast_to(residual, delta.shape)
-    return delta, collapse.column_sum_bound(plan, residual, value_norm)
+    residual = jnp.broadcast_to(residual[..., None], value_norm.shape)
+    bound = collapse.column_sum_bound(plan, residual, value_norm)
+    return collapse.log_deviation(plan), bound
 
 
-def _column_sums(states, qk, value, log_residual, head_dim, num_iters):
-    x = [t.mean + np.exp(t.log_scale) * t.direction for t in states[:-1]]
-    logits = np.stack([y @ a @ y.T for y, a in zip(x, qk, strict=True)])
-    logits = logits * head_dim**-0.5  # [L, N, T, T]
-    residual = np.exp(log_residual[:-1])[:, None]
+def _column_sums(logits, log_residual, value_norm, num_iters):
+    """The excess of the column-sum bound of each layer; NaN where it is not seen."""
     with jax.enable_x64(True):
-        delta, bound = _of_plans(
-            jnp.asarray(logits),
-            jnp.asarray(residual),
-            jnp.asarray(_norm(value, 2)),
-            num_iters,
-        )
-    is_seen = np.asarray(delta).min(axis=1) > LEAST_DELTA
-    total = np.asarray(bound).sum(axis=1)
-    after = log_residual[1:]
-    return [
-        float((np.log(b) - m) / np.log(10)) if seen else None
-        for b, m, seen in zip(total, after, is_seen, strict=True)
-    ]
+        arrays = (logits, np.exp(log_residual[:, :-1]), value_norm)
+        delta, bound = _column_sum_bound(*map(jnp.asarray, arrays), num_iters)
+    with np.errstate(divide="ignore"):  # Far below float64 the bound is 0, unseen.
+        excess = np.log(np.sum(bound, axis=-1)) - log_residual[:, 1:]
+    return np.where(np.min(delta, axis=-1) > LEAST_DELTA, excess / np.log(10), np.nan)
 
 
-def _norm(x, order):
-    if order == 2:
+def _norm(x, name):
+    if name == "spectral":
         return np.linalg.norm(x, 2, axis=(-2, -1))
-    one, inf = (np.linalg.norm(x, o, axis=(-2, -1)) for o in (1, np.inf))
+    one, inf = (np.linalg.norm(x, order, axis=(-2, -1)) for order in (1, np.inf))
     return np.sqrt(one * inf)
+
+
+def findings(result: dict[str, Any]) -> list[Finding]:
+    """Returns whether each bound holds for each kind of network, and how tightly."""
+    return [
+        _finding(cell, bound, mode)
+        for cell in result["cells"]
+        for bound in cell["bounds"]
+        for mode in ("step", "depth")
+        if f"log10_{mode}" in bound
+    ]
 
 
 def _finding(cell, bound, mode):
@@ -328,77 +257,13 @@ def _finding(cell, bound, mode):
     if not all(map(len, by_seed)):
         verdict, tightness = "undecided", "not to be told from rounding"
     else:
-        # One violation refutes it, whatever the mean.
+        # One violation refutes a bound, whatever the mean.
         verdict = "not supported" if violations else "supported"
-        if mode == "step":
-            name, seeds = "mean over layers", [row.mean() for row in by_seed]
-        else:
-            name, seeds = "last layer", [row[-1] for row in by_seed]
-        mean, width = answer.interval(seeds)
-        spread = "" if width is None else f" ± {width:.2g} (95 %, {len(seeds)} seeds)"
-        tightness = f"log10 of bound over measured, {name}: {mean:.4g}{spread}"
+        name = {"step": "mean over layers", "depth": "last layer"}[mode]
+        seeds = [row.mean() if mode == "step" else row[-1] for row in by_seed]
+        mean, width = claims.interval(seeds)
+        tightness = f"log10 of bound over measured, {name}: {mean:.4g}"
+        if np.isfinite(width):
+            tightness += f" ± {width:.2g} (95 %, {len(seeds)} seeds)"
     text = f"{violations} of {num} layers violate it; {tightness}."
-    return {"claim": claim, "verdict": verdict, "text": text}
-
-
-STYLES = {
-    "column sums": {"color": answer.COLORS[2], "marker": "o"},
-    "own, softmax": {"color": answer.COLORS[0], "marker": "s"},
-    "own, sinkhorn": {"color": answer.COLORS[0], "marker": "s"},
-    "own, Sinkhorn limit": {"color": answer.COLORS[5], "marker": "D"},
-    "Dong": {"color": answer.COLORS[1], "marker": "^"},
-    "reported": {"color": answer.COLORS[3], "marker": "v"},
-}
-
-
-def _draw(result):
-    sources = list(dict.fromkeys(c["source"] for c in result["cells"]))
-    figure, axes = plt.subplots(
-        2, len(sources) * 2, figsize=(5.4 * len(sources), 6.6), squeeze=False
-    )
-    figure.set_layout_engine("constrained")
-    handles = {}
-    for i, source in enumerate(sources):
-        cells = [c for c in result["cells"] if c["source"] == source]
-        few, many = cells[0], max(cells, key=lambda c: c["num_iters"])
-        for column, cell in zip(axes.T[2 * i : 2 * i + 2], (few, many), strict=True):
-            for axis, mode in zip(column, ("step", "depth"), strict=True):
-                lowest = 0.0
-                for bound in cell["bounds"]:
-                    if f"log10_{mode}" not in bound:
-                        continue
-                    name, style = bound["name"], STYLES[bound["name"]]
-                    label = "own" if name in ("own, softmax", "own, sinkhorn") else name
-                    values = np.array(bound[f"log10_{mode}"], np.float64)
-                    lowest = min(lowest, np.nanmin(values, initial=0.0))
-                    is_seen = np.isfinite(values).all(axis=0)
-                    layers = np.arange(1, values.shape[1] + 1)[is_seen]
-                    if not len(layers):
-                        continue
-                    answer.band(axis, layers, values[:, is_seen], label=label, **style)
-                axis.axhline(0, color="0.2", linewidth=1)
-                if mode == "depth":
-                    axis.set_yscale("symlog", linthresh=1)
-                    axis.set_ylim(bottom=min(-1, lowest))
-                axis.set_xlim(0.7, values.shape[1] + 0.3)
-                axis.xaxis.get_major_locator().set_params(integer=True)
-                for handle, label in zip(
-                    *axis.get_legend_handles_labels(), strict=True
-                ):
-                    handles.setdefault(label, handle)
-            title = source.replace(", ", ",\n") if ", " in source else f"{source}\n"
-            name = cell["normaliser"].replace(", ", " ")
-            column[0].set_title(f"{name}\n{title}")
-            column[1].set_xlabel("layer")
-    axes[0, 0].set_ylabel("layer by layer:\nlog$_{10}$ bound / measured")
-    axes[1, 0].set_ylabel("over depth:\nlog$_{10}$ bound / measured")
-    seeds = len(result["config"]["seeds"])
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=f"Mean of {seeds} seeds and 95 % interval; below 0 a bound is violated.",
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
-    return figure
+    return Finding(claim=claim, verdict=verdict, text=text)

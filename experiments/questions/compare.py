@@ -9,25 +9,28 @@ intervals of Student's t over seeds, relative residual and attention entropy by 
 before and after training, and the time of an update as a multiple of softmax's. Texts
 are compared with a linear model on their words, too.
 
-Every run is a folder of `train` under --runs, so what was killed continues there with
-the same command. On 2 CPU cores digits take 10 minutes, fashion_mnist and imdb an hour
-each; `--preset sinkformer_imdb --base.dtype bfloat16` and `--preset vit` are the full
-sizes, for a GPU. --timed names the iterations of which the time alone is measured.
+Every training is a run of `train` in its own folder under --runs, so the same command
+continues an interrupted run. On 2 CPU cores digits take 10 minutes, fashion_mnist and
+imdb an hour each; `--preset sinkformer_imdb --base.dtype bfloat16` and `--preset vit`
+are the full sizes, for a GPU. --timed names the iterations of which the time alone is
+measured.
 """
 
 import dataclasses
-import json
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 
-from ..evidence import answer
-from ..evidence import files as record
-from ..evidence.claims import Finding, difference, interval, verdict
-from ..figures import compare as compare_figure
-from ..networks.measures import DEFINITIONS
-from ..training import train
+from ..evidence import files
+from ..evidence.cells import Cells
+from ..evidence.claims import Finding, difference, finding, interval, normaliser_name
+from ..figures.compare import chosen, draw
+from ..networks import measures
+from ..networks.options import require_distinct
+from ..training import presets, train
 from ..training.bag_of_words import bag_of_words
 from ..training.step_times import measure_step_times
 
@@ -36,20 +39,17 @@ from ..training.step_times import measure_step_times
 class Config:
     """Everything that can change the result, and where it goes."""
 
-    preset: str = "digits"  # Of `train`.
+    preset: str = "digits"  # A preset of `train`.
     num_iters: tuple[int, ...] = (0, 10)  # Sinkhorn iterations to train; 0 is softmax.
-    timed: tuple[int, ...] = (0, 10, 50)  # Iterations of which the time is measured.
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # The grid.
-    seeds: tuple[int, ...] = (0, 1, 2)  # Of the runs; the first searches the rate.
-    base: train.Config = train.PRESETS["digits"]  # Of every run, but what is above.
-    runs: pathlib.Path = train.RESULTS / "train" / "compare"  # Of the single runs.
-    output: pathlib.Path = train.RESULTS / "compare"  # Of the JSON and the figure.
+    timed: tuple[int, ...] = (0, 10, 50)  # Sinkhorn iterations to time; 0 is softmax.
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # The grid of the search.
+    seeds: tuple[int, ...] = (0, 1, 2)  # The first one searches the rate.
+    base: presets.Config = presets.PRESETS["digits"]  # Its other options.
+    runs: pathlib.Path = files.RUNS / "train" / "compare"  # Folder of the trainings.
+    output: pathlib.Path = files.RUNS / "compare"  # Folder of the JSON and figure.
 
     def __post_init__(self):
-        for name in ("num_iters", "timed", "learning_rates", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must be distinct, at least one, got {values}")
+        require_distinct(self, "num_iters", "timed", "learning_rates", "seeds")
         if 0 not in self.num_iters or 0 not in self.timed:
             raise ValueError(
                 "num_iters and timed must hold 0, softmax, to compare with, got "
@@ -64,14 +64,18 @@ class Config:
             )
 
 
-PRESETS: Final = {
-    name: Config(preset=name, base=config) for name, config in train.PRESETS.items()
+_GRIDS = {
+    "digits": {"num_iters": (0, 10, 50), "learning_rates": (1e-3, 3e-3, 6e-3)},
+    "fashion_mnist": {"learning_rates": (1e-3, 2e-3, 4e-3)},
+    "mnist": {"learning_rates": (1e-3, 2e-3, 4e-3)},
 }
-for _name in ("fashion_mnist", "mnist"):
-    _rates = (1e-3, 2e-3, 4e-3)
-    PRESETS[_name] = dataclasses.replace(PRESETS[_name], learning_rates=_rates)
-PRESETS["digits"] = dataclasses.replace(
-    PRESETS["digits"], num_iters=(0, 10, 50), learning_rates=(1e-3, 3e-3, 6e-3)
+PRESETS: Final = {
+    name: Config(preset=name, base=base, **_GRIDS.get(name, {}))
+    for name, base in presets.PRESETS.items()
+}
+# The runs that the report shows.
+REPORT_CONFIGS: Final = tuple(
+    PRESETS[name] for name in ("digits", "fashion_mnist", "imdb")
 )
 
 QUICK = Config(
@@ -80,220 +84,133 @@ QUICK = Config(
     timed=(0, 2),
     learning_rates=(3e-3,),
     seeds=(0, 1),
-    base=train.QUICK,
-    runs=train.RESULTS / "compare_quick" / "runs",
-    output=train.RESULTS / "compare_quick",
+    base=presets.QUICK,
+    runs=files.RUNS / "compare_quick" / "runs",
+    output=files.RUNS / "compare_quick",
 )
 
 
 def choose(preset: str | None, task: str | None) -> Config:
-    """The comparison of a preset of `train`.
-
-    Raises:
-        ValueError: There is no such preset.
-    """
-    config = train.choose(preset, task)
+    """The comparison of a preset of `train`, found as `train` finds its presets."""
+    config = presets.choose(preset, task)
     return dataclasses.replace(PRESETS[config.preset], base=config)
 
 
+DEFINITIONS = measures.DEFINITIONS | {
+    "test_accuracy": "Of the parameters best on the validation split.",
+    "step_times": (
+        "Seconds of an update, median over rounds; ratio: to softmax's in the same "
+        "round, median over rounds."
+    ),
+}
+
+
 def run(config: Config) -> dict[str, Any]:
-    """Trains what is not there yet; writes JSON and figure, prints the table.
-
-    Returns:
-        What the JSON holds.
-
-    Raises:
-        As `train.run`.
-    """
-    rates, cells = {}, []
-    for num_iters in config.num_iters:
-        first = config.seeds[0]
-        search = [_cell(config, num_iters, r, first) for r in config.learning_rates]
-        best = max(
-            search, key=lambda c: (c["validation_accuracy"], -c["validation_loss"])
+    """Trains and measures; writes JSON and figure, prints findings and table."""
+    start = time.monotonic()
+    folder = config.runs / config.preset
+    setting = {"base": dataclasses.asdict(config.base), "timed": config.timed}
+    with Cells(folder, setting) as cells:
+        rates, rows = {}, []
+        for num_iters in config.num_iters:
+            seed, *seeds = config.seeds
+            search = [_row(config, num_iters, r, seed) for r in config.learning_rates]
+            best = max(
+                search, key=lambda c: (c["validation_accuracy"], -c["validation_loss"])
+            )
+            rates[str(num_iters)] = rate = best["learning_rate"]
+            rows += search + [_row(config, num_iters, rate, seed) for seed in seeds]
+        times = lambda: measure_step_times(config.base, config.timed)
+        measured = {
+            "preset": config.preset,
+            "definitions": DEFINITIONS,
+            "learning_rates": rates,
+            "cells": rows,
+            "step_times": cells.get("step_times", times),
+        }
+        if config.base.task == "imdb":
+            measured["bag_of_words"] = cells.get(
+                "bag_of_words", lambda: bag_of_words(config.base)
+            )
+        result = files.write_result(
+            config.preset, config, measured, findings, draw, start, question="compare"
         )
-        rates[num_iters] = best["learning_rate"]
-        others = [
-            _cell(config, num_iters, best["learning_rate"], s) for s in config.seeds[1:]
-        ]
-        cells += [*search, *others]
-    result = {
-        "question": "compare",
-        "preset": config.preset,
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "environment": record.environment(),
-        "definitions": DEFINITIONS
-        | {
-            "test_accuracy": "Of the parameters best on the validation split.",
-            "step_times": (
-                "Seconds of an update, median over rounds; ratio: to softmax's in the "
-                "same round, median over rounds."
-            ),
-        },
-        "learning_rates": {str(n): rate for n, rate in rates.items()},
-        "cells": cells,
-        "step_times": _once(
-            config.runs
-            / config.preset
-            / f"step_times_{'_'.join(map(str, config.timed))}.json",
-            lambda: _times(config),
-        ),
-    }
-    if config.base.task == "imdb":
-        result["bag_of_words"] = _once(
-            config.runs / config.preset / "bag_of_words.json",
-            lambda: bag_of_words(config.base),
-        )
-    result["findings"] = findings(result)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{config.preset}.json"
-    record.write_json(path, result)
-    compare_figure.draw(result, path.with_suffix(".png"))
-    print("\n".join(table(result)), end="\n\n")
-    for finding in result["findings"]:
-        print(f"{finding['claim']}: {finding['verdict']}. {finding['text']}")
-    print(f"\nWrote {path} and {path.with_suffix('.png')}.")
+    print("\n".join(table(result)))
     return result
 
 
-def _cell(config, num_iters, rate, seed):
-    """One run of `train`, continued or read if it is there, as a row of the result."""
+def _row(config, num_iters, rate, seed):
+    """One run of `train`, continued or read if it is there, as a cell of the result."""
     name = f"iters{num_iters}_rate{rate:g}_seed{seed}"
-    result = train.run(
-        dataclasses.replace(
-            config.base,
-            num_iters=num_iters,
-            learning_rate=rate,
-            seed=seed,
-            output=config.runs / config.preset / name,
-            resume=True,
-        )
-    )
+    options = {"num_iters": num_iters, "learning_rate": rate, "seed": seed}
+    folder = {"output": config.runs / config.preset / name, "resume": True}
+    result = train.run(dataclasses.replace(config.base, **options, **folder))
     kept = ("num_parameters", "num_steps", "best_step", "validation_accuracy")
     kept += ("validation_loss", "test_accuracy", "init", "trained", "wall_time_s")
-    return {
-        "num_iters": num_iters,
-        "learning_rate": rate,
-        "seed": seed,
-        "commit": result["environment"]["commit"],
-        **{name: result[name] for name in kept},
-    }
+    commit = {"commit": result["environment"]["commit"]}
+    return options | commit | {name: result[name] for name in kept}
 
 
-def _times(config):
-    data = train.load_data(config.base)
-    return measure_step_times(config.base, data, config.timed) | {
-        "commit": record.environment()["commit"]
-    }
-
-
-def _once(path, compute):
-    """What the JSON file holds, computed and written if it is not there."""
-    if not path.exists():
-        value = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json(path, value)
-    return json.loads(path.read_text())
-
-
-def chosen(result: dict[str, Any], num_iters: int) -> list[dict[str, Any]]:
-    """The runs of the rate that was chosen for `num_iters`, one a seed."""
-    rate = result["learning_rates"][str(num_iters)]
-    return [
-        cell
-        for cell in result["cells"]
-        if (cell["num_iters"], cell["learning_rate"]) == (num_iters, rate)
-    ]
-
-
-def findings(result: dict[str, Any]) -> list[Finding]:
-    """What the runs of the chosen rates say of the claims about Sinkhorn attention."""
-    values = {
-        num_iters: {
-            "accuracy": [cell["test_accuracy"] for cell in runs],
-            "residual": [cell["trained"]["relative_residual"][-1] for cell in runs],
-            "entropy": [np.mean(cell["trained"]["attention_entropy"]) for cell in runs],
-        }
-        for num_iters in result["config"]["num_iters"]
-        for runs in (chosen(result, num_iters),)
-    }
-    claims = {
-        "accuracy": "Sinkhorn attention classifies better than softmax attention",
-        "residual": "trained Sinkhorn attention preserves rank better than softmax",
-        "entropy": "trained Sinkhorn attention keeps more entropy than softmax",
-    }
-    quantities = {
-        "accuracy": "Test accuracy",
-        "residual": "Relative residual of the last layer",
-        "entropy": "Mean entropy of the attention, in nats,",
-    }
-    found = []
-    for name, claim in claims.items():
+def findings(result: dict[str, Any]) -> Iterator[Finding]:
+    """Yields what the runs of the chosen rates say of Sinkhorn attention."""
+    accuracy = "Test accuracy", lambda cell: cell["test_accuracy"]
+    residual = (
+        "Relative residual of the last layer",
+        lambda cell: cell["trained"]["relative_residual"][-1],
+    )
+    entropy = (
+        "Mean entropy of the attention, in nats,",
+        lambda cell: np.mean(cell["trained"]["attention_entropy"]),
+    )
+    for claim, (quantity, value) in (
+        ("Sinkhorn attention classifies better than softmax attention", accuracy),
+        ("trained Sinkhorn attention preserves rank better than softmax", residual),
+        ("trained Sinkhorn attention keeps more entropy than softmax", entropy),
+    ):
+        softmax = [value(cell) for cell in chosen(result, 0)]
         for num_iters in result["config"]["num_iters"]:
-            if num_iters == 0:
-                continue
-            ours, softmax = values[num_iters][name], values[0][name]
-            gain = difference(ours, softmax)
-            found.append(
-                Finding(
-                    claim=f"{claim} ({result['preset']}, {num_iters} iterations)",
-                    verdict=verdict(gain),
-                    text=(
-                        f"{quantities[name]} {interval(ours).text()} against "
-                        f"{interval(softmax).text()}: a difference of {gain.text()}."
-                    ),
+            if num_iters > 0:
+                sinkhorn = [value(cell) for cell in chosen(result, num_iters)]
+                gain = difference(sinkhorn, softmax)
+                text = (
+                    f"{quantity} {interval(sinkhorn).text()} against "
+                    f"{interval(softmax).text()}: a difference of {gain.text()}."
                 )
-            )
-    return found
+                where = f"{result['preset']}, {num_iters} iterations"
+                yield finding(f"{claim} ({where})", text, gain)
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """The lines of a Markdown table: one a normaliser, and one for the baseline."""
-    header = (
-        "data",
-        "attention",
-        "learning rate",
-        "validation accuracy",
-        "test accuracy",
-        "relative residual, last layer: before",
-        "after training",
-        "time of a step",
-    )
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    times = result["step_times"]
-    for num_iters in result["config"]["num_iters"]:
+    header = ("data", "attention", "learning rate", "validation accuracy")
+    header += ("test accuracy", "relative residual, last layer: before")
+    rows = [(*header, "after training", "time of a step")]
+    preset, config = result["preset"], result["config"]
+    for num_iters in config["num_iters"]:
         runs = chosen(result, num_iters)
-        last = lambda phase, runs=runs: np.mean(
-            [cell[phase]["relative_residual"][-1] for cell in runs]
-        )
-        row = (
-            result["preset"],
-            answer.name_of(num_iters),
-            f"{runs[0]['learning_rate']:g}",
-            interval([cell["validation_accuracy"] for cell in runs]).text(),
-            interval([cell["test_accuracy"] for cell in runs]).text(),
-            f"{last('init'):.2f}",
-            f"{last('trained'):.2f}",
-            _time(times, num_iters),
-        )
-        lines.append(f"| {' | '.join(row)} |")
-    for num_iters in result["config"]["timed"]:
-        if num_iters not in result["config"]["num_iters"]:
-            cells = (result["preset"], answer.name_of(num_iters), *"-----")
-            cells = (*cells, _time(times, num_iters))
-            lines.append(f"| {' | '.join(cells)} |")
+        row = [preset, normaliser_name(num_iters), f"{runs[0]['learning_rate']:g}"]
+        for name in ("validation_accuracy", "test_accuracy"):
+            row.append(interval([cell[name] for cell in runs]).text())
+        for phase in ("init", "trained"):
+            last = [cell[phase]["relative_residual"][-1] for cell in runs]
+            row.append(f"{np.mean(last):.2f}")
+        rows.append((*row, _time(result, num_iters)))
+    for num_iters in config["timed"]:
+        if num_iters not in config["num_iters"]:
+            row = (preset, normaliser_name(num_iters), *"-----")
+            rows.append((*row, _time(result, num_iters)))
     if baseline := result.get("bag_of_words"):
-        cells = (result["preset"], "none: linear model on words", "-")
-        cells += (f"{baseline['validation_accuracy']:.3f}",)
-        cells += (f"{baseline['test_accuracy']:.3f}", "-", "-", "-")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        names = ("validation_accuracy", "test_accuracy")
+        accuracies = (f"{baseline[name]:.3f}" for name in names)
+        rows.append((preset, "none: linear model on words", "-", *accuracies, *"---"))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
-def _time(times, num_iters):
-    if str(num_iters) not in times:
+def _time(result, num_iters):
+    if str(num_iters) not in result["step_times"]:
         return "-"
-    time = times[str(num_iters)]
+    time = result["step_times"][str(num_iters)]
     if num_iters == 0:
         return f"{1000 * time['seconds']:.0f} ms"
     return f"{time['ratio']:.2f} x softmax's"

@@ -7,87 +7,80 @@ growing deviation of the logits and number of tokens, and of the logits of encod
 before and after their training on IMDb reviews. Compares the linear rate at which it
 falls with its prediction, the squared second singular value of the normalised plan
 (`collapse.convergence_rate`), and asks where 50 iterations leave more than 0.1 %.
-Beside it, the processor time of the iterations as a multiple of the softmax's.
-
-The machine was busy: the committed times are rough, and no finding rests on them.
+It also measures the processor time of the iterations as a multiple of the softmax's.
+Other load made the committed times rough, and no finding rests on them.
 
 Takes 2 minutes of processor time, with --quick, which trains nothing, less. As
 measured, 50 iterations leave less than 0.1 % up to deviations of 4, at any of 32 to 256
-tokens, and 0.09 to 0.23 % at 10. The predicted rate is met, but where 500 iterations
+tokens, and 0.09 to 0.23 % at 10. The predicted rate is met, except where 500 iterations
 end before the linear regime begins: from deviation 8 on the defect may fall faster than
-predicted. In the encoders it is met before and after training, which takes the logits
-from a deviation of 0.9 to one of 1.2 to 7, by seed. Their worst heads are then left
-with up to 5 % after 50 iterations, before training with roundings.
+predicted. In the encoders it is met before and after training, which increases the
+deviation of the logits from 0.9 to between 1.2 and 7, by seed. After
+training, 50 iterations leave up to 5 % in their worst heads; before it, only rounding.
 
-All sizes are this module's own.
-The rate is that of Knight 2008, The Sinkhorn-Knopp algorithm.
+The rate is that of Knight 2008, The Sinkhorn-Knopp algorithm. All sizes are this
+module's own.
 """
 
 import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
 from sinkhorn_jax import collapse, sinkhorn
 
-from ..evidence import answer
-from ..figures import convergence as convergence_figure
-from ..networks import attention_logits as convergence_trained
+from ..evidence import files
+from ..evidence.claims import Finding, within
+from ..figures.convergence import draw
+from ..networks import ensemble, reviews
+from ..networks.measures import attention_logits
+from ..networks.options import require_at_least, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(reviews.Setup):
     """Everything that can change the result."""
 
-    deviations: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)  # Of the logits.
+    deviations: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)  # Spread of logits.
     num_tokens: tuple[int, ...] = (32, 64, 128, 256)
-    head_dim: int = 32  # Of queries and keys, whose products are the logits.
+    head_dim: int = 32  # Features of queries and keys; their products are the logits.
     num_iters: int = 500  # Iterations to follow.
-    enough: int = 50  # Iterations of which is asked whether they are enough.
+    enough: int = 50  # The number of iterations that is claimed to be enough.
     tolerance: float = 1e-3  # Column defect that counts as small.
     timed_iters: tuple[int, ...] = (0, 1, 5, 10, 50)  # 0 is softmax.
-    num_repeats: int = 15  # Timings of each.
+    num_repeats: int = 15  # Timings of each number of iterations.
     num_steps: int = 150  # Updates of the trained networks; 0 leaves these out.
-    learning_rates: tuple[float, ...] = (1e-2,)  # Of Adam, at the peak.
-    trained_iters: int = 10  # Sinkhorn iterations with which they are trained.
+    learning_rates: tuple[float, ...] = (1e-2,)  # Peaks of Adam's rate.
+    trained_iters: int = 10  # Sinkhorn iterations of the trained networks.
     trained_tokens: tuple[int, ...] = (16, 32)  # Tokens of a review.
     depth: int = 2  # Layers.
-    width: int = 32  # Features of a token.
-    num_heads: int = 2  # A divisor of the width.
-    vocab_size: int = 4000
-    num_train: int = 10_000  # Training reviews.
     num_measured: int = 4  # Validation reviews whose logits are followed.
-    batch_size: int = 32
-    data_seed: int = 0  # Split of the reviews.
     seeds: tuple[int, ...] = tuple(range(6))
-    output: pathlib.Path = answer.RESULTS / "convergence"
+    output: pathlib.Path = files.RUNS / "convergence"
 
     def __post_init__(self):
-        least = {"num_tokens": 2, "head_dim": 1, "timed_iters": 0, "num_repeats": 1}
-        least |= {"enough": 1, "seeds": 0, "num_steps": 0, "trained_tokens": 2}
-        one = ("trained_iters", "depth", "num_heads", "num_measured", "batch_size")
-        answer.require_at_least(self, {**least, **dict.fromkeys(one, 1)})
-        if min(self.learning_rates, default=0.0) <= 0:
-            raise ValueError(
-                f"learning_rates must be > 0 and some, got {self.learning_rates}: to "
-                "leave the trained networks out, give num_steps=0."
-            )
+        super().__post_init__()
+        require_at_least(self, 2, "num_tokens", "trained_tokens")
+        names = ("head_dim", "num_repeats", "enough", "trained_iters", "num_measured")
+        require_at_least(self, 1, *names)
+        require_at_least(self, 0, "timed_iters")
+        require_positive(self, "learning_rates", "deviations")
         if self.num_iters <= self.enough:
             raise ValueError(
                 f"num_iters must exceed enough = {self.enough}, got {self.num_iters}: "
-                "what these leave is told by those that follow."
+                "the iterations after `enough` show what it leaves."
             )
-        if min(self.deviations) <= 0 or 0 not in self.timed_iters:
+        if 0 not in self.timed_iters:
             raise ValueError(
-                "deviations must be > 0, and timed_iters hold 0, the softmax to "
-                f"compare with, got {self.deviations} and {self.timed_iters}."
+                "timed_iters must hold 0, the softmax to compare with, got "
+                f"{self.timed_iters}."
             )
 
 
@@ -99,7 +92,7 @@ QUICK = Config(
     num_repeats=3,
     num_steps=0,
     seeds=(0, 1, 2),
-    output=answer.RESULTS / "convergence_quick",
+    output=files.RUNS / "convergence_quick",
 )
 
 DEFINITIONS = {
@@ -130,40 +123,32 @@ DEFINITIONS = {
     ),
 }
 
-# Below it a defect in float64 is rounding.
+# A smaller defect in float64 is rounding.
 LEAST = 1e-11
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Follows all iterations; writes JSON and figure, prints the findings.
-
-    Returns:
-        What the JSON holds.
-    """
+    """Follows all iterations; writes JSON and figure, prints the findings."""
     start = time.monotonic()
     cells = [
         _cell(config, n, deviation)
         for n in config.num_tokens
         for deviation in config.deviations
     ]
-    findings = [f for cell in cells for f in _findings(config, cell)]
-    networks = _networks(config) if config.num_steps else []
-    findings += [f for cell in networks for f in _network_findings(config, cell)]
-    findings += _training_findings(config, networks)
+    networks = list(_networks(config)) if config.num_steps else []
     times = [
         {"num_tokens": n, "num_iters": k, "milliseconds": _milliseconds(config, n, k)}
         for n in config.num_tokens
         for k in config.timed_iters
     ]
-    result = {
+    measured = {
         "definitions": DEFINITIONS,
         "iterations": _shown(config).tolist(),
         "cells": cells,
         "networks": networks,
         "times": times,
-        "findings": findings,
     }
-    return answer.write("convergence", config, result, convergence_figure.draw, start)
+    return files.write_result("convergence", config, measured, findings, draw, start)
 
 
 def logits_of(seed: int, num_tokens: int, head_dim: int, deviation: float):
@@ -208,29 +193,37 @@ def _cell(config, num_tokens, deviation):
 
 
 def _networks(config):
-    with tqdm(
-        total=len(config.learning_rates) * config.num_steps, unit="step", mininterval=1
-    ) as progress:
-        return [
-            _network(config, each)
-            for each in convergence_trained.networks(config, progress.update)
-        ]
+    """Yields the cells of encoders before and after training, for some text lengths.
 
-
-def _network(config, network):
-    logits = network.logits  # [S, M, T, T]
-    defects, measured = _measure(config, logits)
-    return {
-        "source": network.source,
-        "learning_rate": network.learning_rate,
-        "train_loss": network.train_loss,
-        "num_tokens": logits.shape[-1],
-        "deviation": np.sqrt(logits.var(axis=(-2, -1)).mean(axis=1)).tolist(),
-        "defect": defects[..., _shown(config)].mean(axis=1).tolist(),
-        "worst_at_enough": defects[..., config.enough].max(axis=1).tolist(),
-        "worst_at_trained": defects[..., config.trained_iters].max(axis=1).tolist(),
-        **measured,
-    }
+    They are trained on reviews of the largest number of `trained_tokens`, and measured
+    on the first tokens of validation reviews that are at least that long.
+    """
+    data, words = config.long_reviews(max(config.trained_tokens), config.num_measured)
+    model = config.encoder(data, config.trained_iters)
+    initial = ensemble.init(model, config.seeds, data.train)
+    for rate in (None, *config.learning_rates):
+        params, source, train_loss = initial, "before training", None
+        if rate is not None:
+            source = f"trained at rate {rate:g}"
+            params, losses = ensemble.train(
+                model, initial, data.train, config, learning_rate=rate
+            )
+            train_loss = ensemble.last_loss(losses)
+        for num_tokens in config.trained_tokens:
+            logits = attention_logits(model, params, words[:, :num_tokens])
+            defects, measured = _measure(config, logits)  # [S, M, K]
+            worst = defects.max(axis=1)
+            yield {
+                "source": source,
+                "learning_rate": rate,
+                "train_loss": train_loss,
+                "num_tokens": num_tokens,
+                "deviation": np.sqrt(logits.var(axis=(-2, -1)).mean(axis=1)).tolist(),
+                "defect": defects[..., _shown(config)].mean(axis=1).tolist(),
+                "worst_at_enough": worst[:, config.enough].tolist(),
+                "worst_at_trained": worst[:, config.trained_iters].tolist(),
+                **measured,
+            }
 
 
 def _measure(config, logits):
@@ -238,20 +231,18 @@ def _measure(config, logits):
     with jax.enable_x64(True):
         defects, plans = follow(jnp.asarray(logits), config.num_iters)
         rates = jax.jit(collapse.convergence_rate)(plans)
-        fraction = jnp.asarray(config.tolerance / np.asarray(defects)[..., 0])
-        predicted = np.asarray(collapse.iterations_to_reduce(rates, fraction))
-    defects = np.asarray(defects)
+        predicted = collapse.iterations_to_reduce(
+            rates, config.tolerance / defects[..., 0]
+        )
+    defects, predicted = np.asarray(defects), np.asarray(predicted)
     is_small = defects <= config.tolerance
-    needed = np.where(is_small.any(axis=-1), is_small.argmax(axis=-1), -1)
-    measured = np.array([_rate(row) for row in defects.reshape(-1, defects.shape[-1])])
+    measured = [_rate(row) for row in defects.reshape(-1, defects.shape[-1])]
     return defects, {
         "defect_at_enough": defects[..., config.enough].tolist(),
-        "measured_rate": measured.reshape(needed.shape).tolist(),
+        "measured_rate": np.reshape(measured, defects.shape[:-1]).tolist(),
         "predicted_rate": np.asarray(rates).tolist(),
-        "needed": np.where(needed >= 0, needed.astype(object), None).tolist(),
-        "predicted_needed": np.where(
-            np.isfinite(predicted), predicted.astype(object), None
-        ).tolist(),
+        "needed": files.or_null(is_small.argmax(axis=-1), is_small.any(axis=-1)),
+        "predicted_needed": files.or_null(predicted, np.isfinite(predicted)),
     }
 
 
@@ -262,100 +253,88 @@ def _shown(config):
 
 
 def _rate(defect):
-    num = len(defect) if (defect > LEAST).all() else int((defect <= LEAST).argmax())
-    first = num - num // 4 - 1
-    if num - 1 - first < 3:
-        first = num - 4
+    """The factor of the defect per iteration, late but above rounding, or None."""
+    num = int(np.argmax([*(defect <= LEAST), True]))  # Those before rounding.
+    first = min(num - num // 4 - 1, num - 4)
     if first < 1:
         return None
     return float((defect[num - 1] / defect[first]) ** (1 / (num - 1 - first)))
 
 
 def _milliseconds(config, num_tokens, num_iters):
+    """Times of the processor, all threads, in which waiting for it does not count."""
     logits = logits_of(0, num_tokens, config.head_dim, 2.0).astype(np.float32)
     logits = jnp.asarray(logits)
     compiled = jax.jit(lambda x: sinkhorn(x, num_iters))
     compiled(logits).block_until_ready()
-    # Time of the processor, all threads: waiting for a busy machine is not counted. So
-    # many calls that one timing takes some milliseconds.
-    begin = time.process_time()
-    compiled(logits).block_until_ready()
-    num_calls = max(1, int(1e-2 / (time.process_time() - begin)))
-    times = []
-    for _ in range(config.num_repeats):
+
+    def seconds(num_calls):
         begin = time.process_time()
         for _ in range(num_calls):
             compiled(logits).block_until_ready()
-        times.append(1000 * (time.process_time() - begin) / num_calls)
-    return times
+        return time.process_time() - begin
+
+    # One timing has enough calls to take some milliseconds.
+    num_calls = max(1, int(1e-2 / seconds(1)))
+    return [1000 * seconds(num_calls) / num_calls for _ in range(config.num_repeats)]
 
 
-def _findings(config, cell):
-    where = f"{cell['num_tokens']} tokens, logits of deviation {cell['deviation']:g}"
-    yield answer.finding(
-        f"{config.enough} iterations are enough for a column defect of "
-        f"{100 * config.tolerance:g} % ({where}).",
-        f"column defect after {config.enough} iterations",
-        cell["defect_at_enough"],
-        high=config.tolerance,
+def findings(result: dict[str, Any]) -> Iterator[Finding]:
+    """Yields what the seeds say of the number of iterations and of its prediction."""
+    config, networks = result["config"], result["networks"]
+    enough, tolerance = config["enough"], config["tolerance"]
+    claim = (
+        f"{enough} iterations are enough for a column defect of {100 * tolerance:g} %"
     )
-    pairs = zip(cell["measured_rate"], cell["predicted_rate"], strict=True)
-    pairs = [(m, p) for m, p in pairs if m is not None]
-    if len(pairs) > 1:
-        # Of the iterations that a given reduction takes, which rates near 1 hide.
-        ratios = [np.log(m) / np.log(p) for m, p in pairs if p < 1]
-        yield answer.finding(
-            "The defect falls at the rate of the squared second singular value "
-            f"({where}).",
-            "log of the measured over log of the predicted rate (5 % allowed)",
-            ratios,
-            low=0.95,
-            high=1.05,
+    for cell in result["cells"]:
+        tokens, deviation = cell["num_tokens"], cell["deviation"]
+        where = f"{tokens} tokens, logits of deviation {deviation:g}"
+        what = f"column defect after {enough} iterations"
+        defects = cell["defect_at_enough"]
+        yield within(f"{claim} ({where}).", what, defects, high=tolerance)
+        # One matrix a seed.
+        rates = (
+            [[r] for r in cell[f"{how}_rate"]] for how in ("measured", "predicted")
         )
+        yield from _rate_is_predicted(where, "", *rates)
+    for cell in networks:
+        where = f"reviews, {cell['num_tokens']} tokens, {cell['source']}"
+        what = f"largest column defect of a seed after {enough} iterations"
+        defects = cell["worst_at_enough"]
+        yield within(f"{claim} in every head ({where}).", what, defects, high=tolerance)
+        rates = cell["measured_rate"], cell["predicted_rate"]
+        yield from _rate_is_predicted(where, ", mean over heads", *rates)
+    yield from _harder_by_training(config, networks)
 
 
-def _network_findings(config, cell):
-    where = f"reviews, {cell['num_tokens']} tokens, {cell['source']}"
-    yield answer.finding(
-        f"{config.enough} iterations are enough for a column defect of "
-        f"{100 * config.tolerance:g} % in every head ({where}).",
-        f"largest column defect of a seed after {config.enough} iterations",
-        cell["worst_at_enough"],
-        high=config.tolerance,
-    )
+def _rate_is_predicted(where, how, measured, predicted):
+    """Compares rates [seed][matrix]; logarithms, as rates near 1 hide differences."""
     ratios = []
-    for measured, predicted in zip(
-        cell["measured_rate"], cell["predicted_rate"], strict=True
-    ):
-        pairs = zip(measured, predicted, strict=True)
+    for seed in zip(measured, predicted, strict=True):
+        pairs = zip(*seed, strict=True)
         logs = [np.log(m) / np.log(p) for m, p in pairs if m is not None and p < 1]
         if logs:
             ratios.append(np.mean(logs))
     if len(ratios) > 1:
-        yield answer.finding(
-            "The defect falls at the rate of the squared second singular value "
-            f"({where}).",
-            "log of the measured over log of the predicted rate, mean over heads (5 % "
-            "allowed)",
-            ratios,
-            low=0.95,
-            high=1.05,
-        )
+        claim = "The defect falls at the rate of the squared second singular value"
+        what = f"log of the measured over log of the predicted rate{how} (5 % allowed)"
+        yield within(f"{claim} ({where}).", what, ratios, low=0.95, high=1.05)
 
 
-def _training_findings(config, networks):
-    """By seed, against the same networks before training."""
+def _harder_by_training(config, networks):
+    """Compares trained networks, by seed, with the same networks before training."""
     before = {c["num_tokens"]: c for c in networks if c["learning_rate"] is None}
-    for cell in networks:
-        if cell["learning_rate"] is None:
-            continue
+    for cell in (c for c in networks if c["learning_rate"] is not None):
         first = before[cell["num_tokens"]]
-        worst = [np.maximum(c["worst_at_trained"], 1e-16) for c in (cell, first)]
-        yield answer.finding(
-            "Training makes the limit harder to reach (reviews, "
-            f"{cell['num_tokens']} tokens, {cell['source']}).",
-            f"log10 of the largest column defect after {config.trained_iters} "
-            "iterations, less that before training",
-            np.log10(worst[0]) - np.log10(worst[1]),
-            low=np.nextafter(0, 1),
+        worst, at_first = (
+            np.log10(np.maximum(c["worst_at_trained"], 1e-16)) for c in (cell, first)
         )
+        claim = (
+            "Training makes the limit harder to reach (reviews, "
+            f"{cell['num_tokens']} tokens, {cell['source']})."
+        )
+        what = (
+            f"log10 of the largest column defect after {config['trained_iters']} "
+            "iterations, less that before training"
+        )
+        yield within(claim, what, worst - at_first, low=0.0)

@@ -4,12 +4,12 @@
 
 Follows the entropy of the attention and the stable rank of the last layer through the
 training of small encoders on IMDb reviews, under both normalisers and growing learning
-rates; and at initialisation under growing logits, the queries multiplied. Tests the
-claim of Lapenna et al. that the entropy of softmax attention collapses and that of
-Sinkhorn attention less so. All hyperparameters are this module's own.
+rates; and at initialisation under growing logits. Tests the
+claim of Lapenna et al. that the entropy of softmax attention collapses, and that of
+Sinkhorn attention collapses less. All hyperparameters are this module's own.
 
 Takes 10 minutes on 2 CPU cores, with --quick half a minute; when it was interrupted,
-it goes on with the training in progress. As measured:
+it continues with the training in progress. As measured:
 
 * At the learning rates 1e-2 and 5e-2 training takes 1.0 and 1.4 of the 3.9 nats of
   softmax attention, of Sinkhorn attention 0.35 and 0.2. At 1e-3 neither moves.
@@ -25,6 +25,7 @@ import functools
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,51 +34,38 @@ from tqdm import tqdm
 
 from sinkhorn_jax import collapse
 
-from ..data import imdb
-from ..evidence import answer
+from ..evidence import files
 from ..evidence.cells import Cells
 from ..evidence.claims import Finding, by_seed
-from ..figures import entropy as entropy_figure
-from ..networks import ensemble
-from ..networks.encoder import Encoder
+from ..figures.entropy import draw
+from ..networks import ensemble, reviews
+from ..networks.encoder import apply_with_plans
+from ..networks.options import require_at_least, require_increasing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(reviews.Setup):
     """Everything that can change the result."""
 
     depth: int = 3  # Layers, with skip connections, MLPs and LayerNorm before both.
-    width: int = 32  # Features of a token.
-    num_heads: int = 2  # Attention heads, a divisor of the width.
     num_iters: int = 10  # Sinkhorn iterations of the Sinkhorn networks.
     seq_len: int = 64  # Tokens of a review, from its start.
-    vocab_size: int = 4000  # Words, with padding and unknown.
-    num_train: int = 10_000  # Training reviews.
     num_measured: int = 32  # Validation reviews on which everything is measured.
-    num_steps: int = 150  # Updates.
     observe_every: int = 25  # Updates between measurements.
-    batch_size: int = 32  # Reviews of an update.
-    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 5e-2)  # Of Adam, at the peak.
+    learning_rates: tuple[float, ...] = (1e-3, 1e-2, 5e-2)  # Peaks of Adam's rate.
     logit_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)  # At initialisation.
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # Initialisation and order of the reviews.
-    data_seed: int = 0  # Split of the reviews.
-    output: pathlib.Path = (
-        answer.RESULTS / "entropy"
-    )  # Folder of the JSON and the figure.
+    output: pathlib.Path = files.RUNS / "entropy"  # Folder of the JSON and figure.
 
     def __post_init__(self):
-        for name in ("num_iters", "num_steps", "observe_every", "num_measured"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        super().__post_init__()
+        names = ("num_iters", "num_steps", "observe_every", "num_measured")
+        require_at_least(self, 1, *names)
         if self.num_steps % self.observe_every:
             raise ValueError(
                 "num_steps must be a multiple of observe_every, so that the end is "
                 f"measured, got {self.num_steps} and {self.observe_every}."
             )
-        for name in ("learning_rates", "logit_scales", "seeds"):
-            values = getattr(self, name)
-            if not values or tuple(sorted(set(values))) != values:
-                raise ValueError(f"{name} must be increasing, got {values}.")
+        require_increasing(self, "learning_rates", "logit_scales", "seeds")
 
 
 QUICK = Config(
@@ -90,7 +78,7 @@ QUICK = Config(
     learning_rates=(1e-3, 5e-2),
     logit_scales=(1.0, 4.0),
     seeds=(0, 1),
-    output=answer.RESULTS / "entropy_quick",
+    output=files.RUNS / "entropy_quick",
 )
 
 DEFINITIONS = {
@@ -108,93 +96,41 @@ DEFINITIONS = {
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains and measures; writes JSON and figure, prints the findings.
-
-    Returns:
-        What the JSON holds.
-
-    Raises:
-        ValueError: The options do not fit together or the data.
-        ModuleNotFoundError: The reviews are not installed.
-        BlockingIOError: Another run writes to the same folder.
-    """
+    """Trains and measures; writes JSON and figure, prints the findings."""
     start = time.monotonic()
-    dataset = imdb(
-        seq_len=config.seq_len,
-        vocab_size=config.vocab_size,
-        num_train=config.num_train,
-        num_validation=config.num_measured,
-        seed=config.data_seed,
-    )
-    networks = {"softmax": 0, "Sinkhorn": config.num_iters}
-    setting = dataclasses.asdict(config)
-    del setting["output"]
+    data = config.reviews(config.seq_len, config.num_measured)
+    setting = dataclasses.asdict(config) | {"output": None}
+    trained, scaled = [], []
     with Cells(config.output, setting) as cells:
-        trained, scaled = [], []
-        total = len(networks) * len(config.learning_rates) * config.num_steps
-        with tqdm(
-            total=total, unit="step", smoothing=0.05, mininterval=1.0
-        ) as progress:
-            for normaliser, num_iters in networks.items():
-                model = _encoder(config, num_iters, dataset.vocab_size)
-                stem = model.clone(num_iters=0)
-                params = ensemble.init(stem, config.seeds, config.seq_len)
-                for scale in config.logit_scales:
-                    measured = _measure(model, _with_logits(params, scale), dataset)
-                    row = {"normaliser": normaliser, "logit_scale": scale}
-                    scaled.append(row | {k: v.tolist() for k, v in measured.items()})
-                for rate in config.learning_rates:
-                    train = functools.partial(
-                        _train, model, params, dataset, config, rate, progress.update
-                    )
-                    row = {"normaliser": normaliser, "learning_rate": rate}
-                    trained.append(row | cells.get(f"{normaliser}-{rate}", train))
-                    progress.n = len(trained) * config.num_steps  # Also of those there.
-        result = {
+        for normaliser, num_iters in (("softmax", 0), ("Sinkhorn", config.num_iters)):
+            model = config.encoder(data, num_iters)
+            params = ensemble.init(model, config.seeds, data.train)
+            for scale in config.logit_scales:
+                measured = _measure(model.clone(logit_scale=scale), params, data)
+                row = {"normaliser": normaliser, "logit_scale": scale}
+                scaled.append(row | {k: v.tolist() for k, v in measured.items()})
+            for rate in tqdm(config.learning_rates, unit=f"{normaliser} network"):
+                train = functools.partial(_train, model, params, data, config, rate)
+                row = {"normaliser": normaliser, "learning_rate": rate}
+                trained.append(row | cells.get(f"{normaliser}-{rate}", train))
+        measured = {
             "definitions": DEFINITIONS,
-            "max_entropy": float(np.log(dataset.validation.lengths).mean()),
+            "max_entropy": reviews.max_entropy(data.validation),
             "trained": trained,
             "scaled": scaled,
         }
-        result["findings"] = findings(result | {"config": dataclasses.asdict(config)})
-        return answer.write("entropy", config, result, entropy_figure.draw, start)
+        return files.write_result("entropy", config, measured, findings, draw, start)
 
 
-def _encoder(config, num_iters, vocab_size):
-    return Encoder(
-        vocab_size=vocab_size,
-        seq_len=config.seq_len,
-        depth=config.depth,
-        width=config.width,
-        num_heads=config.num_heads,
-        num_iters=num_iters,
-        layer_norm="pre",
-    )
-
-
-def _with_logits(params, scale):
-    """The parameters with all queries, and so all logits, multiplied by `scale`."""
-
-    def multiply(path, x):
-        is_query = "query" in jax.tree_util.keystr(path)
-        return x * np.asarray(scale, x.dtype) if is_query else x
-
-    return jax.tree_util.tree_map_with_path(multiply, params)
-
-
-def _train(model, params, dataset, config, rate, on_step):
+def _train(model, params, data, config, rate):
     observed = []
     _, losses = ensemble.train(
         model,
         params,
-        dataset.train,
-        has_skip=True,
-        seeds=config.seeds,
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
+        data.train,
+        config,
         learning_rate=rate,
-        on_step=on_step,
-        observe=lambda step, params: observed.append(_measure(model, params, dataset)),
+        observe=lambda step, params: observed.append(_measure(model, params, data)),
         observe_every=config.observe_every,
     )
     if not np.isfinite(losses).all():
@@ -204,91 +140,62 @@ def _train(model, params, dataset, config, rate, on_step):
         name: np.stack([each[name] for each in observed], axis=1).tolist()
         for name in observed[0]
     }
-    last = losses[:, -max(1, config.num_steps // 10) :].mean(axis=1)
-    return curves | {"train_loss": last.tolist()}
+    return curves | {"train_loss": ensemble.last_loss(losses)}
 
 
-def _measure(model, params, dataset):
-    """The measures of each seed, [S]."""
-    reviews = dataset.validation
-    return jax.device_get(_observe(model, params, reviews.inputs, reviews.lengths))
+def _measure(model, params, data):
+    """The measures of every seed, each [S]."""
+    texts = data.validation
+    return jax.device_get(_observe(model, params, texts.inputs, texts.lengths))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _observe(model, params, inputs, lengths):
     def observe(params):
-        _, (hidden_states, plans, where) = model.apply(
-            {"params": params}, inputs, lengths, with_plans=True
-        )
-        entropies = collapse.attention_entropy(plans, where=where[None, :, None, :])
-        return {
-            "attention_entropy": entropies.mean(),
-            "stable_rank": collapse.stable_rank(hidden_states[-1], where=where).mean(),
-        }
+        _, found = apply_with_plans(model, params, inputs, lengths)
+        rows, tokens = found.where[None, :, None, :], found.hidden_states[-1]
+        entropies = collapse.attention_entropy(found.plans, where=rows)
+        ranks = collapse.stable_rank(tokens, where=found.where)
+        return {"attention_entropy": entropies.mean(), "stable_rank": ranks.mean()}
 
     return jax.vmap(observe)(params)
 
 
-def findings(result: dict[str, Any]) -> list[Finding]:
-    """What the seeds say of the claims."""
+def findings(result: dict[str, Any]) -> Iterator[Finding]:
+    """Yields what the seeds say of the claims."""
+    config = result["config"]
+    rates, largest = config["learning_rates"], config["logit_scales"][-1]
     trained = {(r["normaliser"], r["learning_rate"]): r for r in result["trained"]}
     scaled = {(r["normaliser"], r["logit_scale"]): r for r in result["scaled"]}
-    rates = result["config"]["learning_rates"]
-    largest = result["config"]["logit_scales"][-1]
-    change = {
-        key: np.diff(np.array(row["attention_entropy"])[:, [0, -1]], axis=1)[:, 0]
-        for key, row in trained.items()
-    }
-    end = {
-        key: np.array(row["attention_entropy"])[:, -1] for key, row in trained.items()
-    }
-    found = [
-        by_seed(
-            f"training lowers the entropy of softmax attention (rate {rate:g})",
-            "Entropy in nats",
-            np.array(trained["softmax", rate]["attention_entropy"])[:, 0],
-            end["softmax", rate],
-            ("before training", "after it"),
-        )
-        for rate in rates
-    ]
-    found += [
-        by_seed(
-            f"Sinkhorn attention keeps more of its entropy in training (rate {rate:g})",
-            "Change of the entropy in nats",
-            change["Sinkhorn", rate],
-            change["softmax", rate],
-            ("for Sinkhorn", "for softmax"),
-        )
-        for rate in rates
-    ]
-    if len(rates) > 1:
-        found.append(
-            by_seed(
-                "a larger learning rate lowers the entropy of softmax attention",
-                f"Entropy in nats after training at {rates[0]:g} and {rates[-1]:g}",
-                end["softmax", rates[0]],
-                end["softmax", rates[-1]],
-                ("at the least rate", "at the largest"),
-            )
-        )
-    found.append(
-        by_seed(
-            f"under {largest:g} times larger logits Sinkhorn keeps more entropy",
-            "Entropy in nats at initialisation",
-            scaled["Sinkhorn", largest]["attention_entropy"],
-            scaled["softmax", largest]["attention_entropy"],
-            ("for Sinkhorn", "for softmax"),
-        )
+    names = ("Sinkhorn", "softmax")
+    # [S, observations] by normaliser and rate.
+    entropy, stable_rank = (
+        {key: np.array(row[name]) for key, row in trained.items()}
+        for name in ("attention_entropy", "stable_rank")
     )
-    found += [
-        by_seed(
-            f"trained Sinkhorn networks have the larger stable rank (rate {rate:g})",
-            "Stable rank of the last layer",
-            np.array(trained["Sinkhorn", rate]["stable_rank"])[:, -1],
-            np.array(trained["softmax", rate]["stable_rank"])[:, -1],
-            ("for Sinkhorn", "for softmax"),
+    for rate in rates:
+        claim = f"training lowers the entropy of softmax attention (rate {rate:g})"
+        before, after = entropy["softmax", rate][:, 0], entropy["softmax", rate][:, -1]
+        when = ("before training", "after it")
+        yield by_seed(claim, "Entropy in nats", before, after, when)
+    for rate in rates:
+        claim = "Sinkhorn attention keeps more of its entropy in training"
+        sinkhorn, softmax = (
+            entropy[n, rate][:, -1] - entropy[n, rate][:, 0] for n in names
         )
-        for rate in rates
-    ]
-    return found
+        what = "Change of the entropy in nats"
+        yield by_seed(f"{claim} (rate {rate:g})", what, sinkhorn, softmax)
+    if len(rates) > 1:
+        claim = "a larger learning rate lowers the entropy of softmax attention"
+        what = f"Entropy in nats after training at {rates[0]:g} and {rates[-1]:g}"
+        least, most = (entropy["softmax", rates[i]][:, -1] for i in (0, -1))
+        where = ("at the least rate", "at the largest")
+        yield by_seed(claim, what, least, most, where)
+    claim = f"under {largest:g} times larger logits Sinkhorn keeps more entropy"
+    sinkhorn, softmax = (scaled[n, largest]["attention_entropy"] for n in names)
+    yield by_seed(claim, "Entropy in nats at initialisation", sinkhorn, softmax)
+    for rate in rates:
+        claim = f"trained Sinkhorn networks have the larger stable rank (rate {rate:g})"
+        what = "Stable rank of the last layer"
+        sinkhorn, softmax = (stable_rank[n, rate][:, -1] for n in names)
+        yield by_seed(claim, what, sinkhorn, softmax)

@@ -6,52 +6,56 @@ Without LayerNorm and MLPs, attention with skip connections is a sum over paths,
 taking one head or the skip in every layer (Dong et al. 2021). Measures, on random
 networks, the relative residual of products of attention matrices against the number of
 matrices: along one head of the first layers, along sampled paths, along these with
-layers shuffled, and for independent matrices from the same logits with their entries
-shuffled, which are said to decay alike. Beside it, all paths of a length summed exactly
-by a recursion over layers: their share of the output, their residual, their number.
+their layers shuffled, and for independent matrices, made from the same logits with
+their entries shuffled, which are claimed to decay alike. It also sums all paths of a
+length exactly, by a recursion over layers: their share of the output, their residual,
+their number.
 
 Takes 20 seconds on an idle CPU core, with --quick one. As measured, sampled paths lose
 0.56 decades of their residual with each softmax matrix and 0.66 with a Sinkhorn one,
 so that Sinkhorn keeps less of it here; independent matrices lose 7 to 11 % less.
-Paths of 9 or more matrices are most by number and contribute least. After
-https://arxiv.org/abs/2103.03404 and, for Sinkhorn, https://arxiv.org/abs/2604.07925;
-all sizes are this module's own.
+Paths of 9 or more matrices are most by number and contribute least.
+
+After Dong et al. 2021, https://arxiv.org/abs/2103.03404, and, for Sinkhorn, Lapenna et
+al. 2026, https://arxiv.org/abs/2604.07925; all sizes are this module's own.
 """
 
 import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-import scipy.special
+import scipy.stats
 
-from ..evidence import answer
-from ..networks.pure_attention import Weights, random_problem
+from ..evidence import files
+from ..evidence.claims import Finding, normaliser_name, within
+from ..figures.paths import draw
+from ..networks.options import Network, require_at_least
+from ..networks.pure_attention import Weights, normalise, random_problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Network):
     """Everything that can change the result."""
 
     depth: int = 12  # Layers.
     num_tokens: int = 32
-    width: int = 32  # Features of a token.
     num_heads: int = 4  # A divisor of the width.
     value_gain: float = 0.5  # Multiplies the values, so that tokens grow less.
-    num_iters: tuple[int, ...] = (0, 1, 10, 50)  # Of Sinkhorn; 0 is softmax.
+    num_iters: tuple[int, ...] = (0, 1, 10, 50)  # Sinkhorn iterations; 0 is softmax.
     num_paths: int = 40  # Sampled for each length.
-    seeds: tuple[int, ...] = tuple(range(8))  # Tokens, weights and paths.
-    output: pathlib.Path = answer.RESULTS / "paths"
+    seeds: tuple[int, ...] = tuple(range(8))  # Decide tokens, weights and paths.
+    output: pathlib.Path = files.RUNS / "paths"
 
     def __post_init__(self):
-        least = {"depth": 3, "num_tokens": 2, "width": 1, "num_heads": 1}
-        answer.require_at_least(
-            self, {**least, "num_iters": 0, "num_paths": 1, "seeds": 0}
-        )
-        answer.require_even_heads(self)
+        super().__post_init__()
+        require_at_least(self, 3, "depth")
+        require_at_least(self, 2, "num_tokens")
+        require_at_least(self, 1, "num_paths")
+        require_at_least(self, 0, "num_iters")
 
 
 QUICK = Config(
@@ -62,7 +66,7 @@ QUICK = Config(
     num_iters=(0, 10),
     num_paths=6,
     seeds=(0, 1, 2),
-    output=answer.RESULTS / "paths_quick",
+    output=files.RUNS / "paths_quick",
 )
 
 DEFINITIONS = {
@@ -85,49 +89,32 @@ KINDS = ("one head", "sampled paths", "layers shuffled", "independent")
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures all networks; writes JSON and figure, prints the findings.
-
-    Returns:
-        What the JSON holds.
-    """
+    """Measures all networks; writes JSON and figure, prints the findings."""
     start = time.monotonic()
     cells = [_cell(config, num_iters) for num_iters in config.num_iters]
     lengths = np.arange(config.depth + 1)
-    number = scipy.special.binom(config.depth, lengths)
-    number = number * float(config.num_heads) ** lengths
-    result = {
-        "definitions": DEFINITIONS,
-        "path_number": (number / number.sum()).tolist(),
-        "cells": cells,
-        "findings": list(_findings(cells)),
-    }
-    return answer.write("paths", config, result, _draw, start)
+    # Each of the layers is in the path, with one of its heads, or is not.
+    number = scipy.stats.binom(
+        config.depth, config.num_heads / (config.num_heads + 1)
+    ).pmf(lengths)
+    number = {"path_number": number.tolist()}
+    measured = {"definitions": DEFINITIONS, **number, "cells": cells}
+    return files.write_result("paths", config, measured, findings, draw, start)
 
 
 def _cell(config, num_iters):
     networks = [_network(config, seed, num_iters) for seed in config.seeds]
-    stack = lambda name: [network[name] for network in networks]
-    by_kind = lambda name: {k: [n[name][k] for n in networks] for k in KINDS}
-    return {
-        "num_iters": num_iters,
-        "normaliser": answer.name_of(num_iters),
-        "products": by_kind("products"),
-        "slope": by_kind("slope"),
-        **{k: stack(k) for k in ("path_share", "path_residual", "logit_deviation")},
-    }
+    measured = files.by_key(networks)
+    by_kind = {name: files.by_key(measured[name]) for name in ("products", "slope")}
+    normaliser = normaliser_name(num_iters)
+    return {"num_iters": num_iters, "normaliser": normaliser} | measured | by_kind
 
 
 def _network(config, seed, num_iters):
-    x, weights = random_problem(
-        seed,
-        depth=config.depth,
-        num_tokens=config.num_tokens,
-        width=config.width,
-        num_heads=config.num_heads,
-    )
+    x, weights = random_problem(seed, config.num_tokens, config)
     weights = weights._replace(value=weights.value * config.value_gain)
     logits, plans, by_length = decompose(x, weights, num_iters)
-    # The same paths for every number of iterations, so that they compare in pairs.
+    # Every number of iterations gets the same paths, so seeds compare in pairs.
     rng = np.random.default_rng([seed, 1])
     shape = logits.shape
     shuffled = rng.permuted(logits.reshape(*shape[:2], -1), axis=-1).reshape(shape)
@@ -163,7 +150,7 @@ def _network(config, seed, num_iters):
 def decompose(x, weights: Weights, num_iters: int):
     """Logits and plans [L, N, T, T], and the output by length of path [L + 1, T, D].
 
-    Of a network with skip connections. What enters layer l is the sum over lengths;
+    The network has skip connections. What enters layer l is the sum over lengths;
     a head lengthens each path by one: Y_k becomes Y_k + sum_h P_h Y_{k-1} W_h.
     """
     depth = len(weights.query)
@@ -181,17 +168,6 @@ def decompose(x, weights: Weights, num_iters: int):
         all_logits.append(logits)
         plans.append(plan)
     return np.stack(all_logits), np.stack(plans), by_length
-
-
-def normalise(logits, num_iters: int):
-    """The softmax over the last axis, then column and row steps."""
-    log_plan = logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
-    for _ in range(num_iters):
-        for axis in (-2, -1):
-            log_plan = log_plan - scipy.special.logsumexp(
-                log_plan, axis=axis, keepdims=True
-            )
-    return np.exp(log_plan)
 
 
 def log10_residual(plans) -> float:
@@ -212,74 +188,24 @@ def log10_residual(plans) -> float:
     return float((log_scale - whole) / math.log(10))
 
 
-def _findings(cells):
+def findings(result: dict[str, Any]) -> Iterator[Finding]:
+    """Yields what the seeds say of products of attention matrices."""
+    cells = result["cells"]
     slopes = lambda cell, kind: np.array(cell["slope"][kind])
     for cell in cells:
-        name = cell["normaliser"]
-        yield answer.finding(
-            f"Products of attention matrices lose rank with their number ({name}).",
-            "slope of log10 of the relative residual, sampled paths",
-            slopes(cell, "sampled paths"),
-            high=0.0,
-        )
-        for kind in ("layers shuffled", "independent"):
-            what = {
-                "layers shuffled": "The order of layers does not matter",
-                "independent": "Independent random matrices decay alike",
-            }[kind]
-            yield answer.finding(
-                f"{what} ({name}).",
-                "slope over that of sampled paths (10 % allowed)",
-                slopes(cell, kind) / slopes(cell, "sampled paths"),
-                low=0.9,
-                high=1.1,
-            )
-    for cell in cells[1:]:
-        if cells[0]["num_iters"] == 0:
-            yield answer.finding(
-                f"Paths lose rank more slowly with {cell['normaliser']}, than with the "
-                "softmax.",
-                "slope of log10 of the relative residual, less softmax's",
-                slopes(cell, "sampled paths") - slopes(cells[0], "sampled paths"),
-                low=0.0,
-            )
-
-
-def _draw(result):
-    cells = result["cells"]
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.6))
-    figure.set_layout_engine("constrained")
-    depth = result["config"]["depth"]
-    lengths = np.arange(depth + 1)
-    few, many = cells[0], cells[-1]
-    for axis, cell in zip(axes[0], (few, many), strict=True):
-        for i, kind in enumerate(KINDS):
-            style = {"color": answer.COLORS[i], "marker": "os^D"[i], "label": kind}
-            answer.band(axis, lengths[1:], cell["products"][kind], **style)
-        axis.set(xlabel="attention matrices multiplied")
-        axis.set_ylabel("log$_{10}$ relative residual of product")
-        axis.set_title(cell["normaliser"])
-        axis.legend(frameon=False, fontsize=9, loc="lower left")
-    for i, cell in enumerate(cells):
-        style = {
-            "color": answer.COLORS[i % len(answer.COLORS)],
-            "marker": "os^Dv<>"[i % 7],
-            "label": cell["normaliser"],
-        }
-        answer.band(axes[1, 0], lengths, cell["path_residual"], **style)
-        answer.band(axes[1, 1], lengths, cell["path_share"], **style)
-    axes[1, 0].set_ylabel("log$_{10}$ relative residual")
-    axes[1, 0].set_title("all paths of a length, summed")
-    axes[1, 1].plot(
-        lengths, result["path_number"], ":", color="0.35", label="share of number"
-    )
-    axes[1, 1].set_ylabel("share of the norms")
-    axes[1, 1].set_title("how much each length contributes")
-    for axis in axes[1]:
-        axis.set_xlabel("length of path")
-        axis.legend(frameon=False, fontsize=9)
-    for axis in axes.flat:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    seeds = len(result["config"]["seeds"])
-    figure.suptitle(f"Mean of {seeds} seeds and 95 % interval.", fontsize=10)
-    return figure
+        name, sampled = cell["normaliser"], slopes(cell, "sampled paths")
+        claim = f"Products of attention matrices lose rank with their number ({name})."
+        what = "slope of log10 of the relative residual, sampled paths"
+        yield within(claim, what, sampled, high=0.0)
+        what = "slope over that of sampled paths (10 % allowed)"
+        for kind, claim in (
+            ("layers shuffled", "The order of layers does not matter"),
+            ("independent", "Independent random matrices decay alike"),
+        ):
+            ratio = slopes(cell, kind) / sampled
+            yield within(f"{claim} ({name}).", what, ratio, low=0.9, high=1.1)
+    for cell in cells[1:] if cells[0]["num_iters"] == 0 else ():
+        claim = "Paths lose rank more slowly with {}, than with the softmax."
+        what = "slope of log10 of the relative residual, less softmax's"
+        gain = slopes(cell, "sampled paths") - slopes(cells[0], "sampled paths")
+        yield within(claim.format(cell["normaliser"]), what, gain, low=0.0)

@@ -1,77 +1,50 @@
-"""The page of report: HTML that needs no other file, narrow or wide."""
+"""The page of the report, in Markdown."""
 
-import base64
 import collections
-import html
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-STYLE: Final = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto;
-  max-width: 64rem; padding: 1rem; overflow-wrap: anywhere; }
-h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1.5rem; }
-img { max-width: 100%; height: auto; }
-pre, code { white-space: pre-wrap; }
-.figure { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid #ddd; padding: .4rem .6rem .4rem 0;
-  text-align: left; vertical-align: top; }
-td:first-child { width: 35%; }
-.verdict { width: 8rem; font-weight: 600; overflow-wrap: normal; }
-.supported { color: #00674f; } .not-supported { color: #a63d00; }
-.undecided { color: #555; }
-summary { cursor: pointer; margin: .5rem 0; }
-@media (max-width: 40rem) {
-  thead { display: none; }
-  .figure img { max-width: none; width: 56rem; }  /* Read by scrolling. */
-  tr, td, td:first-child, .verdict { display: block; width: auto; }
-  td { border: 0; padding: 0; } tr { border-bottom: 1px solid #ddd; padding: .6rem 0; }
-}
+INTRODUCTION = """\
+# Findings on doubly stochastic attention
+
+Intervals are of 95 %, over seeds. A claim is supported, or not, where the whole
+interval says so, and at the scale of the experiment alone; otherwise it is undecided.
+Nothing is corrected for the number of claims: where there is no effect at all, one
+claim of twenty gets a verdict by chance.
 """
 
-# Claims of an experiment; where there are more, the reader unfolds them.
-MOST_OPEN: Final = 16
+# The claims of a run; where there are more, the reader unfolds them.
+MOST_OPEN = 16
+
+
+class Run(NamedTuple):
+    """One run of a question."""
+
+    path: pathlib.Path  # The JSON, with the figure beside it.
+    result: dict[str, Any]  # What the JSON holds.
 
 
 class Section(NamedTuple):
-    """One run of an experiment."""
+    """A question with its runs."""
 
     name: str
     about: str  # The docstring of its module.
-    result: dict[str, Any]  # Its JSON, with `findings`, `config` and `environment`.
-    figure: pathlib.Path  # PNG.
+    runs: Sequence[Run]
 
 
-def render(sections: Sequence[Section]) -> str:
-    """The page.
-
-    Raises:
-        FileNotFoundError: A figure is not there.
-        KeyError: A result lacks its findings, configuration or environment.
-    """
-    contents = "".join(
-        f'<li><a href="#{section.name}">{html.escape(_title(section))}</a> '
-        f"({_counts(section.result['findings'])})</li>"
-        for section in sections
-    )
-    body = "".join(map(_section, sections))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Doubly stochastic attention: findings</title><style>{STYLE}</style>"
-        "</head><body><h1>Doubly stochastic attention: findings</h1>"
-        "<p>Intervals are of 95 %, over seeds. A claim is supported, or not, where the "
-        "whole interval says so, and at the scale of the experiment alone; else it is "
-        "undecided. Nothing is corrected for the number of claims: where there is no "
-        "effect at all, one claim of twenty gets a verdict by chance.</p>"
-        f"<ol>{contents}</ol>{body}</body></html>\n"
-    )
-
-
-def _title(section):
-    question = section.about.strip().split("\n")[0]
-    return f"{section.name}: {question}"
+def render(sections: Sequence[Section], folder: pathlib.Path) -> str:
+    """The text of the page, whose links lead from `folder` to figures and numbers."""
+    lines = [INTRODUCTION]
+    for name, about, runs in sections:
+        findings = [found for run in runs for found in run.result["findings"]]
+        title = about.splitlines()[0]
+        lines.append(f"1. [{name}](#{name}): {title} ({_counts(findings)})")
+    for name, about, runs in sections:
+        lines.append(f"\n## {name}\n\n{about.strip()}")
+        lines += [_run(name, run, folder) for run in runs]
+    return "\n".join(lines)
 
 
 def _counts(findings):
@@ -79,55 +52,35 @@ def _counts(findings):
     return ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
 
 
-def _about(text):
-    """Paragraphs and lists of a docstring, its lines joined; commands as they are."""
-    parts = []
-    for block in text.strip("\n").split("\n\n"):
-        if block.startswith("    "):
-            parts.append(f"<pre>{html.escape(block.strip())}</pre>")
-            continue
-        first, *rest = ("\n" + block).split("\n* ")
-        if first.strip():
-            parts.append(f"<p>{html.escape(' '.join(first.split()))}</p>")
-        if rest:
-            items = "".join(
-                f"<li>{html.escape(' '.join(x.split()))}</li>" for x in rest
-            )
-            parts.append(f"<ul>{items}</ul>")
-    return "".join(parts)
-
-
-def _section(section):
-    _, _, about = section.about.strip().partition("\n")
-    figure = base64.b64encode(section.figure.read_bytes()).decode()
-    result, environment = section.result, section.result["environment"]
-    rows = "".join(
-        f"<tr><td>{html.escape(finding['claim'])}</td>"
-        f'<td class="verdict {finding["verdict"].replace(" ", "-")}">'
-        f"{finding['verdict']}</td>"
-        f"<td>{html.escape(finding['text'])}</td></tr>"
-        for finding in result["findings"]
+def _run(question, run, folder):
+    findings = run.result["findings"]
+    link = pathlib.Path(os.path.relpath(run.path, folder)).as_posix()
+    table = "| claim | verdict | measured |\n|---|---|---|\n" + "".join(
+        f"| {_cell(found['claim'])} | {found['verdict']} | {_cell(found['text'])} |\n"
+        for found in findings
     )
-    is_open = " open" if len(result["findings"]) <= MOST_OPEN else ""
-    alt = html.escape(f"Figure of {section.name}; its numbers are in the JSON.")
-    return (
-        f'<h2 id="{section.name}">{html.escape(_title(section))}</h2>'
-        f"{_about(about)}"
-        f'<p class="figure"><img alt="{alt}" src="data:image/png;base64,{figure}"></p>'
-        f"<details{is_open}><summary>Claims: {_counts(result['findings'])}</summary>"
-        "<table><thead><tr><th>claim</th><th>verdict</th><th>measured</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table></details>"
-        f"{_details('Configuration', result['config'])}"
-        f"{_details('Definitions', result.get('definitions', {}))}"
-        f"{_details('Versions, device and commit', environment)}"
-    )
+    if len(findings) > MOST_OPEN:
+        summary = f"<summary>{len(findings)} claims</summary>"
+        table = f"<details>{summary}\n\n{table}\n</details>\n"
+    return f"""
+![Figure of {run.path.stem}]({link.removesuffix(".json")}.png)
+
+{table}
+{_origin(question, run.result)} [All numbers, options and definitions]({link}).
+"""
 
 
-def _details(title, values):
-    if not values:
-        return ""
-    rows = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in values.items()
-    )
-    return f"<details><summary>{title}</summary><table>{rows}</table></details>"
+def _origin(question, result):
+    """How a result was made, in a sentence."""
+    environment = dict(result["environment"])
+    command = f"python -m experiments {question}"
+    if "preset" in result:
+        command += f" --preset {result['preset']}"
+    took = f" in {result['wall_time_s']:.0f} s" if "wall_time_s" in result else ""
+    where = f"on {environment.pop('device')}, commit {environment.pop('commit')}"
+    versions = ", ".join(f"{key} {value}" for key, value in environment.items())
+    return f"Made by `{command}`{took} {where}, with {versions}."
+
+
+def _cell(text):
+    return text.replace("|", "\\|").replace("<", "&lt;")

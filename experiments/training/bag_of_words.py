@@ -1,4 +1,4 @@
-"""A linear model on the words of texts: what a network should reach at least."""
+"""A linear model on the words of texts: the accuracy that a network should exceed."""
 
 import dataclasses
 from typing import Any
@@ -10,22 +10,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from ..data import Examples
-from . import train
+from .presets import Config, load_data
 
-# No review is longer, so the baseline reads them whole.
+# Tokens of a text. No review is longer, so the model reads all of each.
 SEQ_LEN = 4000
 
 
-def bag_of_words(config: train.Config) -> dict[str, Any]:
-    """Logistic regression on the words of whole texts, on the split of `config`.
+def bag_of_words(config: Config) -> dict[str, Any]:
+    """The accuracy of logistic regression on the words of whole texts.
 
-    Weighted by tf-idf over the vocabulary of the training split; the regularisation is
-    chosen on the validation split, and the test split is read once.
-
-    Returns:
-        Validation and test accuracy, and the inverse regularisation that was chosen.
+    Splits and vocabulary are those of `config`. The words are weighted by tf-idf. The
+    regularisation is chosen on the validation split, and the test split is read once.
     """
-    data = train.load_data(dataclasses.replace(config, seq_len=SEQ_LEN))
+    data = load_data(dataclasses.replace(config, seq_len=SEQ_LEN))
     bags = [_bags(split, data.vocab_size) for split in (data.train, data.validation)]
     best = (-1.0,)
     for inverse in (0.3, 1.0, 3.0, 10.0, 30.0):
@@ -46,7 +43,7 @@ def bag_of_words(config: train.Config) -> dict[str, Any]:
 
 
 def _bags(examples: Examples, vocab_size):
-    """Counts of each word, [N, vocab_size]."""
+    """How often each text holds each word, [N, vocab_size]."""
     where = np.arange(examples.inputs.shape[1]) < examples.lengths[:, None]
     rows = np.nonzero(where)[0]
     ones = np.ones(len(rows), np.float64)

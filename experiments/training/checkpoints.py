@@ -6,55 +6,51 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-from .step import State
+from jaxtyping import Array, PyTree
 
 
 class Checkpoints:
-    """The newest checkpoints of one run, each complete or not there at all.
+    """The newest checkpoints of one run, each complete or absent.
 
-    Orbax writes into a temporary folder and renames it, so a process that dies leaves
-    no half of one under the final name.
+    Orbax writes into a temporary folder and renames it, so a process that is killed
+    leaves no partial checkpoint under the final name.
     """
 
-    def __init__(self, folder: pathlib.Path, *, max_to_keep: int = 2):
-        """Opens or makes the folder.
+    def __init__(self, folder: pathlib.Path):
+        """Opens the folder, and makes it if needed.
 
         Raises:
-            OSError: It cannot be made or written.
+            OSError: The folder cannot be made or written.
         """
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep, enable_async_checkpointing=False
+                max_to_keep=2, enable_async_checkpointing=False
             ),
-            item_names=("state", "host"),
+            item_names=("arrays", "host"),
         )
 
     @property
     def steps(self) -> list[int]:
-        """Of the finished checkpoints, the newest first."""
+        """The steps of the complete checkpoints, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step: int, state: State, host: dict[str, Any]) -> None:
-        """Writes a checkpoint and drops the oldest one beyond `max_to_keep`.
+    def save(self, step: int, arrays: PyTree[Array], host: dict[str, Any]) -> None:
+        """Writes a checkpoint and drops all but the newest two.
 
-        Args:
-            step: Its name.
-            state: Of the network.
-            host: The rest, as JSON can hold it.
+        `arrays` are on the devices, `host` is the rest of the state, as JSON holds it.
 
         Raises:
-            OSError: It could not be written; the earlier ones are untouched.
+            OSError: It could not be written; the earlier checkpoints are untouched.
         """
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+            arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host)
         )
         try:
             self._manager.save(step, args=items, force=True)
-        # Orbax's writers raise what they like: OSError, or ValueError of TensorStore.
+        # Orbax raises whatever its writers do: OSError, ValueError from TensorStore.
         except Exception as error:
             raise OSError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: "
@@ -62,24 +58,25 @@ class Checkpoints:
                 "room or make the folder writable, then continue with --resume."
             ) from error
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest checkpoint that can be read; None if there is none.
+    def restore(
+        self, like: PyTree[Array]
+    ) -> tuple[PyTree[Array], dict[str, Any]] | None:
+        """`arrays` and `host` of the newest readable checkpoint; None if there is none.
 
-        Args:
-            like: A state of the same shapes and sharding.
+        The arrays get the shapes and the sharding of those in `like`.
 
         Raises:
-            OSError: There are checkpoints, but none can be read.
+            OSError: There are checkpoints, and none can be read.
         """
         steps = self.steps
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
+            arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
         )
         for i, step in enumerate(steps):
             try:
                 restored = self._manager.restore(step, args=items)
-            # As many kinds of damage, as many exceptions.
+            # Each kind of damage raises an exception of its own.
             except Exception as error:
                 warnings.warn(
                     f"The checkpoint of step {step} in {self.folder} cannot be read: "
@@ -89,7 +86,7 @@ class Checkpoints:
                 continue
             for damaged in steps[:i]:
                 self._manager.delete(damaged)
-            return restored.state, restored.host
+            return restored.arrays, restored.host
         if steps:
             raise OSError(
                 f"None of the checkpoints of steps {steps} in {self.folder} can be "
@@ -98,7 +95,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits until everything is written."""
         self._manager.close()
 
 

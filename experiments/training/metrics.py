@@ -1,4 +1,4 @@
-"""Metrics as JSON lines: no times, so that equal runs write equal files."""
+"""Metrics as JSON lines. They hold no times, so equal runs write equal files."""
 
 import json
 import os
@@ -6,15 +6,15 @@ import pathlib
 
 
 class MetricsLog:
-    """Appends records; on one process only, the others keep silent."""
+    """A file to which one process appends records; the other processes write none."""
 
     def __init__(self, path: pathlib.Path, *, resumed_step: int, is_writer: bool):
-        """Opens the file, without what will be written again after `resumed_step`."""
+        """Opens the file and drops what will be written again after `resumed_step`."""
         self._file = None
         if not is_writer:
             return
         records = read_metrics(path) if resumed_step else []
-        # The test split is read after the last step, of which there is a checkpoint.
+        # A run that was killed after its last checkpoint reads the test split again.
         kept = (
             r for r in records if r["step"] <= resumed_step and r["split"] != "test"
         )
@@ -25,7 +25,7 @@ class MetricsLog:
         self._file = path.open("a")
 
     def write(self, **record: float | int | str) -> None:
-        """One line, on disk when this returns even if the process then dies."""
+        """Appends one line, which is kept even if the process is killed afterwards."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -37,7 +37,7 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-    """All whole lines of the file; what a killed process left of one is dropped."""
+    """All complete lines of the file, without one that a killed process cut off."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

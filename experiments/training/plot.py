@@ -1,20 +1,17 @@
 """How did training go? Draws the metrics of finished or running runs.
 
-python -m experiments plot experiments/results/train/imdb_iters10_seed0
+python -m experiments plot runs/train/imdb_iters10_seed0
 """
 
 import dataclasses
 import pathlib
 from typing import Annotated
 
-import matplotlib
+import matplotlib.pyplot as plt
 import tyro
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
-from . import read_metrics
+from ..figures import style
+from .metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +25,9 @@ class Config:
 QUICK = Config()
 
 
+@style.styled
 def run(config: Config) -> pathlib.Path:
-    """Draws loss and validation accuracy against updates; the figure's path.
+    """Draws loss and validation accuracy by update, and returns the figure's path.
 
     Raises:
         ValueError: No run is given.
@@ -37,9 +35,7 @@ def run(config: Config) -> pathlib.Path:
     """
     if not config.runs:
         raise ValueError("Name the folder of at least one run.")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 3.6), layout="constrained", sharex=True
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
     for number, folder in enumerate(config.runs):
         records = read_metrics(folder / "metrics.jsonl")
         if not records:
@@ -51,25 +47,19 @@ def run(config: Config) -> pathlib.Path:
             *((r["step"], r[field]) for r in records if r["split"] == name),
             strict=True,
         )
-        color = f"C{number}"
+        color = style.series(number)["color"]
         left.plot(*of_split("train", "loss"), color=color, alpha=0.5, linewidth=1)
+        look = {"color": color, "marker": "o", "label": folder.name}
         for axis, field in ((left, "loss"), (right, "accuracy")):
-            points = list(of_split("validation", field))
-            if points:
-                axis.plot(
-                    *points, color=color, marker="o", markersize=3, label=folder.name
-                )
-    left.set_ylabel("cross-entropy (line training, points validation)")
-    right.set_ylabel("validation accuracy")
-    for axis in (left, right):
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+            if points := list(of_split("validation", field)):
+                axis.plot(*points, **look)
+    left.set(ylabel="cross-entropy (line training, points validation)", xlabel="update")
+    right.set(ylabel="validation accuracy", xlabel="update")
     if right.get_legend_handles_labels()[0]:
-        right.legend(frameon=False, fontsize=8)
+        right.legend()
     path = config.output or config.runs[0] / "training.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
     plt.close(figure)
     print(f"Wrote {path}.")
     return path

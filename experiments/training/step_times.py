@@ -6,30 +6,24 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from .. import training as trainer
-from ..data import Data
-from . import train
+from .devices import Devices
+from .fit import Training, train_step
+from .presets import Config, load_data
 
 
 def measure_step_times(
-    config: train.Config,
-    data: Data,
+    config: Config,
     num_iters: Sequence[int],
     *,
     num_batches: int = 16,
     num_rounds: int = 7,
 ) -> dict[str, dict[str, Any]]:
-    """Times of the real update on the real batches, normalisers taking turns.
+    """Times of the updates of `train`, the normalisers taking turns.
 
-    Args:
-        config: Of everything else.
-        data: Of `config`.
-        num_iters: Sinkhorn iterations to time, 0 (softmax) among them.
-        num_batches: Updates in a round, the same batches in each.
-        num_rounds: Of which the medians are reported.
+    Each round has the same `num_batches` updates. `num_iters` are the Sinkhorn
+    iterations to time, 0 (softmax) among them.
 
     Returns:
         By number of iterations: seconds of an update, the median over rounds, and
@@ -40,10 +34,10 @@ def measure_step_times(
     """
     if 0 not in num_iters:
         raise ValueError(f"num_iters must hold 0, softmax, got {tuple(num_iters)}.")
-    devices = trainer.Devices()
-    rounds = {n: _round(config, data, devices, n, num_batches) for n in num_iters}
+    data = load_data(config)
+    rounds = {n: _round(config, data, n, num_batches) for n in num_iters}
     for run_round in rounds.values():
-        run_round()  # Compiles, a program for each length of texts.
+        run_round()  # Compiles one program for each length of texts.
     seconds = {n: [] for n in num_iters}
     for _ in range(num_rounds):
         for n, run_round in rounds.items():
@@ -60,20 +54,18 @@ def measure_step_times(
     }
 
 
-def _round(config, data, devices, num_iters, num_batches):
+def _round(config, data, num_iters, num_batches):
+    devices = Devices()
     config = dataclasses.replace(config, num_iters=num_iters)
-    training = train.Training(config, data, devices)
+    training = Training(config, data, devices)
     batches = list(itertools.islice(training.batches(), num_batches))
     batches = [devices.place_part(batch) for batch in batches]
-    key = jax.random.key(0)
     state = training.init()
 
     def run_round():
         nonlocal state
         for batch in batches:
-            state, loss = trainer.train_step(
-                training.model, training.optimization, config.skips, key, state, batch
-            )
+            state, loss = train_step(*training.arguments, state, batch)
         loss.block_until_ready()
 
     return run_round

@@ -1,4 +1,4 @@
-"""MNIST and its drop-in replacements from their IDX files, as TFDS data sets."""
+"""MNIST and data sets of the same format from their IDX files, as TFDS data sets."""
 
 import gzip
 import math
@@ -11,50 +11,32 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-# Of images and labels, by split.
+from .labelled import Labelled
+
+# The files of images and of labels, by split.
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 
+CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 
-class IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Images of 28 x 28 in ten classes, from four files, compressed or not.
 
-    Looks for them in TFDS's folder for manual downloads, `downloads/manual/<task>` in
-    the data directory, and then where Debian's package puts them. Downloads only if
-    asked to: without a network TFDS keeps trying for minutes.
+class IdxBuilder(Labelled, skip_registration=True):
+    """Images of 28 x 28 pixels in ten classes, from four files, compressed or not.
+
+    The files are read from the folder of TFDS for manual downloads, which is
+    `downloads/manual/<task>` in the data directory, or from the folders of an installed
+    package, or they are downloaded from `homepage`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    key = "image"
+    # TFDS needs TensorFlow to encode arrays as PNG.
+    feature = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding="zlib")
 
-    task: ClassVar[str]  # Name that users know it by.
+    task: ClassVar[str]  # The key of TASKS.
     installed: ClassVar[tuple[pathlib.Path, ...]] = ()  # Where packages put the files.
     install_command: ClassVar[str | None] = None
-    url: ClassVar[str]  # Of the folder of the compressed files.
-    labels: ClassVar[tuple[str, ...]]
-
-    def __init__(self, *, download: bool = False, **kwargs):
-        """As TFDS has it, and whether the files may be downloaded."""
-        super().__init__(**kwargs)
-        self._download = download
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"{self.task} from its IDX files.",
-            features=tfds.features.FeaturesDict(
-                {
-                    # TFDS encodes arrays as PNG by TensorFlow only.
-                    "image": tfds.features.Tensor(
-                        shape=(28, 28, 1), dtype=np.uint8, encoding="zlib"
-                    ),
-                    "label": tfds.features.ClassLabel(names=list(self.labels)),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage=self.url,
-        )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator[Any]]:
         names = [name for pair in FILES.values() for name in pair]
@@ -66,11 +48,10 @@ class IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         else:
             if not self._download:
                 raise FileNotFoundError(self._how_to_install(manual))
-            paths = dl_manager.download(
-                {name: f"{self.url}{name}.gz" for name in names}
-            )
+            urls = {name: f"{self.homepage}{name}.gz" for name in names}
+            paths = dl_manager.download(urls)
         return {
-            split: self._generate_examples(paths[images], paths[labels])
+            split: self._generate_examples(*_read(paths[images], paths[labels]))
             for split, (images, labels) in FILES.items()
         }
 
@@ -84,63 +65,50 @@ class IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             f"`python -m experiments.data {self.task} --download`."
         )
 
-    def _generate_examples(self, images, labels) -> Iterator[tuple[int, dict]]:
-        pixels, classes = read_idx(images), read_idx(labels)
-        if len(pixels) != len(classes):
-            raise ValueError(
-                f"Images and labels must be equally many, got {len(pixels)} in "
-                f"{images} and {len(classes)} in {labels}. Install both again."
-            )
-        for key, (image, label) in enumerate(zip(pixels, classes, strict=True)):
-            yield key, {"image": image[..., None], "label": int(label)}
-
 
 class MnistIdx(IdxBuilder):
     """Handwritten digits, LeCun et al. 1998."""
 
-    task = "mnist"
-    url = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-    labels = tuple("0123456789")
+    task = about = "mnist"
+    homepage = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+    classes = tuple("0123456789")
 
 
 class FashionMnistIdx(IdxBuilder):
     """Pictures of clothes, Xiao et al. 2017, https://arxiv.org/abs/1708.07747."""
 
-    task = "fashion_mnist"
+    task = about = "fashion_mnist"
     installed = (pathlib.Path("/usr/share/datasets/fashion-mnist"),)
     install_command = "apt-get install dataset-fashion-mnist"
-    url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-    labels = (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    )
+    homepage = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    classes = tuple(CLOTHES.split(","))
+
+
+def _read(images, labels):
+    pixels, classes = read_idx(images), read_idx(labels)
+    if len(pixels) != len(classes):
+        raise ValueError(
+            f"Images and labels must be equally many, got {len(pixels)} in "
+            f"{images} and {len(classes)} in {labels}. Install both again."
+        )
+    return pixels[..., None], classes
 
 
 def _find(folder, name):
-    """The file of this name, as it is, compressed, or with a dot as others have it."""
-    for variant in (name, name.replace("-idx", ".idx")):
-        for path in (folder / variant, folder / f"{variant}.gz"):
-            if path.is_file():
-                return path
-    return None
+    """The file of this name, or of its compressed or dotted variant; None if absent."""
+    variants = (name, name.replace("-idx", ".idx"))
+    paths = (folder / f"{variant}{end}" for variant in variants for end in ("", ".gz"))
+    return next(filter(pathlib.Path.is_file, paths), None)
 
 
 def read_idx(path) -> UInt8[np.ndarray, "..."]:
     """The array of bytes in an IDX file, which may be compressed.
 
     Raises:
-        ValueError: The file is not that, or incomplete.
+        ValueError: The file is no IDX file of bytes, or is damaged or incomplete.
     """
     content = pathlib.Path(path).read_bytes()
-    if content.startswith(b"\x1f\x8b"):  # A download's name tells nothing.
+    if content.startswith(b"\x1f\x8b"):  # The name of a download does not tell.
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
