@@ -1,4 +1,4 @@
-"""Everything that is timed, by name: softmax, the implementations, the peers."""
+"""The programs that are timed, by name: softmax, our implementations, the peers."""
 
 import functools
 import math
@@ -13,46 +13,33 @@ from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 from sinkhorn_jax.attention._problem import Problem
 
-from .harness import machine as _machine
+from .harness import machine
 from .harness.cases import Case
 from .harness.program import Mode, Program, compiled
 from .peers import PEERS
 
 SOFTMAX: Final = "softmax"
+NAMES: Final = (*IMPLEMENTATIONS, *PEERS)  # Softmax is measured in any case.
 
 
-def names() -> tuple[str, ...]:
-    """What can be named; softmax always runs and is not."""
-    return (*IMPLEMENTATIONS, *PEERS)
-
-
-def build(name: str, case: Case, mode: Mode, *, single_head: bool = True) -> Program:
-    """A program, compiled if its framework compiles.
-
-    Args:
-        name: Which.
-        case: What for.
-        mode: Whether with gradients.
-        single_head: Whether it is also compiled for a head alone, for its memory.
+def build(name: str, case: Case, mode: Mode) -> Program:
+    """The named program for a case, compiled if its framework compiles.
 
     Raises:
-        NotImplementedError: It cannot run the case, is not installed, or needs too much
-            memory. The text is the reason.
+        NotImplementedError: The program cannot run the case here, is not installed, or
+            needs too much memory. The text is the reason.
     """
-    if name == SOFTMAX:
-        precision = jax.config.jax_default_matmul_precision or "default"
-        return compiled(
-            _softmax, case, mode, single_head=single_head, matmul_precision=precision
-        )
     if name in PEERS:
         peer = PEERS[name]
         reason = peer.why_not(case, mode)
         if reason is not None:
             raise NotImplementedError(reason)
         return peer.build(case, mode)
-    reason = _machine.why_not_kernel(name)
-    if reason is not None:
-        raise NotImplementedError(reason)
+    # Two compilations more, which take minutes for a GPU.
+    single_head = jax.default_backend() == "cpu"
+    if name == SOFTMAX:
+        return compiled(_softmax, case, mode, single_head=single_head)
+    machine.require_kernel(name)
     attend = functools.partial(
         sinkhorn_attention, num_iters=case.num_iters, implementation=name
     )
@@ -60,21 +47,19 @@ def build(name: str, case: Case, mode: Mode, *, single_head: bool = True) -> Pro
 
 
 def is_sinkhorn(name: str) -> bool:
-    """Whether it computes Sinkhorn attention rather than softmax attention."""
+    """Whether the program computes Sinkhorn attention rather than softmax attention."""
     if name in PEERS:
         return PEERS[name].is_sinkhorn
     return name != SOFTMAX
 
 
 def is_default(name: str, case: Case) -> bool:
-    """Whether `implementation=None` takes it for the case, on the platform in use."""
-    if name not in IMPLEMENTATIONS:
-        return False
-    return preferred(IMPLEMENTATIONS, problem(case)) == name
+    """Whether `implementation=None` selects the program for the case here."""
+    return name == preferred(IMPLEMENTATIONS, problem(case))
 
 
 def problem(case: Case) -> Problem:
-    """What `sinkhorn_attention` makes of the case."""
+    """The `Problem` that `sinkhorn_attention` makes of the case."""
     batch, tokens, heads, head_dim = case.shape_btnh
     return Problem(
         batch=batch,

@@ -1,1 +1,1 @@
-"""What compilers say of the kernels, without the device."""
+"""What compilers say about the kernels, on machines without the device."""

@@ -1,119 +1,105 @@
-"""Compiles the TPU kernels ahead of time, on a machine without a TPU.
+"""Compiles the TPU attention kernels on a machine without a TPU.
 
-    make compile-table   # Installs libtpu below .venv, then all of it.
-    python -m benchmarks.ahead_of_time.tpu --libtpu DIR --generations v5e
+    make compile-table   # Installs libtpu below .venv, then compiles everything.
+    python -m benchmarks.ahead_of_time.tpu --libtpu DIR --only v5e
 
-Needs libtpu, which holds the compiler (484 MB): `pip install --target DIR libtpu`. It
-is kept apart because JAX looks for a TPU at every start where it can import it.
+Needs libtpu, which contains the compiler (484 MB), in a folder of its own: JAX looks
+for a TPU at every start where it can import libtpu.
 
-For each generation, length and dtype it compiles `mosaic_tpu` and, as the softmax to
-compare with, JAX's own flash attention, forward and with the backward pass. It keeps
-what the compiler says (VMEM of each kernel, temporary memory, bytes accessed), what the
-kernels' cost estimates say and what their traces hold. The page beside the rows adds a
-roofline time, which is an ESTIMATE: nothing runs. Rows go to
-benchmarks/results/compiled/ as they come, in a file for each generation, so several
-runs can share the generations; a run that was cut off goes on where it was, and rows
-of other commits go.
+It compiles `mosaic_tpu` for each generation, length and dtype and keeps the VMEM of
+each kernel and the temporary memory of each executable. Nothing runs. An interrupted
+run continues where it stopped, and rows of other commits are dropped.
 """
 
 import dataclasses
-import datetime
 import functools
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
-import tqdm
 from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
 from sinkhorn_jax import sinkhorn_attention
-from sinkhorn_jax.attention._mosaic_tpu import blocks as _mosaic_tpu_blocks
+from sinkhorn_jax.attention._mosaic_tpu.blocks import default_blocks
 
-from .. import programs as _programs
-from ..harness import command as _command
-from ..harness import machine as _machine
-from ..harness import program as _program
+from .. import programs
+from ..harness import options
 from ..harness.cases import Case
-from . import tpu_rows as _compiled
-from . import tpu_specs as _chips
-from . import work as _work
+from ..harness.program import MODES, Mode, in_mode
+from ..harness.record import RESULTS
+from .rows import Kernel, Target, compile_missing, write_page
 
-# Without the others the compiler asks the network what machine this is. It locks the
-# machine's TPU, of which there is none to lock.
-ENVIRONMENT: Final = {
+PROGRAM: Final = "mosaic_tpu"
+# The smallest topology of each generation that the compiler knows by name.
+TOPOLOGIES: Final[Mapping[str, str]] = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+}
+# Without these the compiler asks the network which machine this is, and locks its TPU.
+ENVIRONMENT: Final[Mapping[str, str]] = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-FLASH_BLOCK: Final = 512
-KERNELS: Final = ("sinkhorn_attention_forward", "sinkhorn_attention_backward")
+TITLE: Final = "Compiled for TPUs"
+METHOD: Final = (
+    "Compiled ahead of time by `make compile-table`, without a TPU: **nothing ran and "
+    "no time was measured**. *KiB* is the VMEM that the compiler allocated for a "
+    "kernel. A regime, forward / backward, is resident where the kernel matrix of a "
+    "head stays in VMEM; its number is the rows that a kernel computes together."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to compile."""
+    """Programs to compile."""
 
-    libtpu: Path = Path(".venv/libtpu")  # What pip install --target was given.
-    generations: tuple[str, ...] = tuple(_chips.CHIPS)
-    tokens: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    heads: int = 8
-    head_dim: int = 64
-    num_iters: int = 10
-    output: Path = _compiled.FOLDER
+    libtpu: Path = Path(".venv/libtpu")  # The folder given to pip install --target.
+    only: str = (
+        ""  # Compile only what contains this text, such as "v5e mosaic_tpu 8x512".
+    )
+    output: Path = RESULTS / "compiled"
 
 
-def run(config: Config) -> list[_compiled.Row]:
-    """Compiles what there is no row of yet, and writes rows and page."""
-    now = datetime.datetime.now(datetime.UTC)
-    facts = {
-        "libtpu_version": find_compiler(config.libtpu),
-        "jax_version": jax.__version__,
-        "commit": _machine.commit(),
-        "date": now.isoformat(timespec="seconds"),
-    }
-    rows = {
-        row.key: row
-        for row in _compiled.read(config.output)
-        if row.generation in config.generations and row.commit == facts["commit"]
-    }
-    todo = [
-        (generation, program, mode, Case(*shape, dtype, config.num_iters))
-        for mode in reversed(_program.MODES)
-        for tokens in config.tokens
-        for shape in [(config.heads, tokens, config.head_dim)]
-        for dtype in config.dtypes
-        for generation in config.generations
-        for program in _compiled.NAMES
+def main(args: Sequence[str] | None = None) -> None:
+    """Compiles what has no row yet, and writes rows and page."""
+    config = options.parse(Config, args, description=__doc__)
+    compiler = f"libtpu {find_compiler(config.libtpu)}"
+    wanted = [target for target in targets() if config.only in str(target)]
+    compile_missing(wanted, compile_target, compiler, config.output)
+    write_page(config.output, TITLE, METHOD)
+
+
+def targets() -> list[Target]:
+    """All programs."""
+    return [
+        Target(generation, PROGRAM, Case(8, tokens, dtype=dtype), mode)
+        for generation in TOPOLOGIES
+        for dtype in ("bfloat16", "float32")
+        for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)
+        for mode in MODES
     ]
-    for generation, program, mode, case in tqdm.tqdm(todo):
-        if (program, generation, mode, case.tokens, case.dtype) not in rows:
-            row = compile_row(generation, program, mode, case, facts)
-            rows[row.key] = row
-            _compiled.write(list(rows.values()), config.output)
-    _compiled.write_page(config.output)
-    return list(rows.values())
 
 
 def find_compiler(folder: Path) -> str:
-    """Makes JAX find libtpu there, and returns its version.
+    """Makes JAX find libtpu in the folder, and returns its version.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: libtpu is not there.
     """
     library = folder.resolve() / "libtpu" / "libtpu.so"
     if not library.exists():
         raise FileNotFoundError(
-            f"There is no libtpu in {folder}, which holds the compiler for TPUs. Run "
-            f"`pip install --target {folder} libtpu`, or `make compile-table`."
+            f"{folder} lacks libtpu, the compiler for TPUs. `make compile-table` "
+            "installs it."
         )
     sys.path.append(str(folder.resolve()))
     os.environ["TPU_LIBRARY_PATH"] = str(library)
@@ -123,130 +109,51 @@ def find_compiler(folder: Path) -> str:
     return next(iter(found)).version
 
 
-def compile_row(
-    generation: str,
-    program: str,
-    mode: _program.Mode,
-    case: Case,
-    facts: dict[str, Any],
-) -> _compiled.Row:
-    """Compiles one program for one generation.
+def compile_target(target: Target) -> dict[str, Any]:
+    """The compiled fields of an `Executable`.
 
     Raises:
-        jax.errors.JaxRuntimeError: The compiler refuses, such as for lack of VMEM.
+        jax.errors.JaxRuntimeError: The compiler refuses, for example for lack of VMEM.
     """
-    chip = _chips.CHIPS[generation]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    case, mode = target.case, target.mode
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[target.device]
+    )
     mesh = jax.sharding.Mesh(topology.devices[:1], ("x",))
-    fn = _program.in_mode(_attention(program, case), mode)
+    attend = functools.partial(
+        sinkhorn_attention, num_iters=case.num_iters, implementation=PROGRAM
+    )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        arrays = _arrays(case, sharding=sharding)
-        executable = jax.jit(fn).lower(*arrays).compile()
-        blocks = _blocks(case, mode) if program == _compiled.OURS else ()
-        work = _count(fn, case)
-    return _compiled.Row(
-        program=program,
-        generation=generation,
-        mode=mode,
-        tokens=case.tokens,
-        heads=case.heads,
-        head_dim=case.head_dim,
-        dtype=case.dtype,
-        num_iters=case.num_iters,
-        kernels=_kernels(executable.as_text()),
-        work=work,
-        blocks=blocks,
-        bytes_accessed=int(executable.cost_analysis()["bytes accessed"]),
-        temp_bytes=executable.memory_analysis().temp_size_in_bytes,
-        **facts,
-    )
+        array = jax.ShapeDtypeStruct(case.shape_btnh, case.dtype, sharding=sharding)
+        executable = jax.jit(in_mode(attend, mode)).lower(*[array] * 4).compile()
+        return {
+            "regime": regime_of(case, mode),
+            "kernels": read_kernels(executable.as_text()),
+            "temp_bytes": executable.memory_analysis().temp_size_in_bytes,
+        }
 
 
-def _attention(program, case):
-    if program == _compiled.OURS:
-        return functools.partial(
-            sinkhorn_attention, num_iters=case.num_iters, implementation=program
-        )
-    block = min(FLASH_BLOCK, case.tokens)
-    fields = [field.name for field in dataclasses.fields(flash.BlockSizes)]
-    sizes = flash.BlockSizes(**{x: 1 if x == "block_b" else block for x in fields})
-
-    def attend(query, key, value):
-        arrays = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-        scale = case.head_dim**-0.5
-        out = flash.flash_attention(*arrays, sm_scale=scale, block_sizes=sizes)
-        return jnp.swapaxes(out, 1, 2)
-
-    return attend
-
-
-def _arrays(case, **fields):
-    return [jax.ShapeDtypeStruct(case.shape_btnh, case.dtype, **fields)] * 4
-
-
-def _blocks(case, mode):
-    problem = _programs.problem(case)
+def regime_of(case: Case, mode: Mode) -> str:
+    """How the kernels divide a head of the case, on the device traced for."""
+    problem = programs.problem(case)
     directions = ("forward", "backward") if mode == "forward_backward" else ("forward",)
-    found = []
-    for direction in directions:
-        blocks = _mosaic_tpu_blocks.default_blocks(problem, direction)
-        found.append(
-            _compiled.Blocks(
-                is_resident=blocks.is_resident,
-                rows=blocks.rows,
-                vmem_bytes=_mosaic_tpu_blocks.vmem_bytes(problem, blocks, direction),
-            )
-        )
-    return tuple(found)
-
-
-def _count(fn, case):
-    """Of all heads, which do the same: counted for one."""
-    one = dataclasses.replace(case, heads=1)
-    # Valid rows and columns; and the base of the backward kernel did not move.
-    smem = [case.tokens, case.tokens, 1]
-    counted = _work.count(fn, *_arrays(one), smem=dict.fromkeys(KERNELS, smem))
-    return tuple(
-        _compiled.Work(
-            name=work.name or _compiled.SOFTMAX,
-            **{
-                field: case.heads * getattr(work, field)
-                for field in ("flops", "passes", "exps", "vector", "num_bytes")
-            },
-            **{
-                f"estimated_{name}": work.estimate
-                and case.heads * getattr(work.estimate, field)
-                for name, field in {
-                    "flops": "flops",
-                    "exps": "transcendentals",
-                    "bytes": "bytes_accessed",
-                }.items()
-            },
-        )
-        for work in counted
+    found = (default_blocks(problem, direction) for direction in directions)
+    return " / ".join(
+        f"{'resident' if blocks.is_resident else 'streamed'} {blocks.rows}"
+        for blocks in found
     )
 
 
-def _kernels(text):
-    """From the executable as text: each kernel, and the VMEM that it was given."""
+def read_kernels(text: str) -> tuple[Kernel, ...]:
+    """Each kernel in an executable's text, and the VMEM that was allocated for it."""
     size = re.compile(r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"')
-    kernels = [
-        _compiled.Kernel(
-            name=re.search(r"%([\w.-]+)", line)[1],
-            vmem_bytes=int(size.search(line)[1]),
-        )
-        for line in text.splitlines()
-        if 'custom_call_target="tpu_custom_call"' in line
-    ]
-    return tuple(kernels)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """The command."""
-    config = _command.parse(Config, __doc__, args)
-    rows = run(config)
-    print(f"{len(rows)} executables; tables of them in {config.output}.")
+    found = []
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name, num_bytes = re.search(r"%([\w-]+)", line)[1], size.search(line)[1]
+            found.append(Kernel(name=name, memory_bytes=int(num_bytes)))
+    return tuple(found)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""The problems that are timed, the sweeps that they form, and their inputs."""
+"""The cases that are measured, the sweeps that they form, and their inputs."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-SEED: Final = 0
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """Self-attention over `tokens` tokens. Heads of a batch and heads are one axis."""
+    """Self-attention over `tokens` tokens; `heads` counts batch times heads."""
 
     heads: int
     tokens: int
@@ -29,19 +27,30 @@ class Case:
 
     @property
     def shape_btnh(self) -> tuple[int, int, int, int]:
-        """Shape of the query, key and value."""
+        """Shape of query, key and value."""
         return (1, self.tokens, self.heads, self.head_dim)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The case's fields of a row."""
+        return {
+            "shape_btnh": self.shape_btnh,
+            "dtype": self.dtype,
+            "num_iters": self.num_iters,
+        }
 
     def __str__(self):
         return f"{self.name} {self.dtype} {self.num_iters} iterations"
 
 
-# What varies, and over what. A case of two sweeps is measured once.
-ANYWHERE: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
+# The sweep that runs when it is named, and only on a GPU.
+GPU: Final = "gpu"
+# A case that is in two sweeps is measured once.
+SWEEPS: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
     {
         "tokens": tuple(Case(2, 2**i) for i in range(7, 15)),
-        # About the same work, split into ever fewer and larger heads. The first is a
-        # batch of 8 images for ViT-B/16 at 224 pixels.
+        # About the same work in fewer and larger heads. The first case is a batch of 8
+        # images for ViT-B/16 at 224 pixels.
         "heads": (Case(96, 197), Case(32, 512), Case(16, 1024), Case(2, 4096)),
         "iterations": tuple(
             Case(4, 1024, num_iters=num) for num in (0, 1, 2, 5, 10, 20, 50)
@@ -50,31 +59,28 @@ ANYWHERE: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
             Case(4, 1024, dtype=dtype)
             for dtype in ("float32", "bfloat16", "float16", "float64")
         ),
-    }
-)
-# By platform, of sizes that make sense on it alone: run when named, refused elsewhere.
-BY_PLATFORM: Final[Mapping[str, tuple[Case, ...]]] = MappingProxyType(
-    {
-        # A batch times heads that fill a large GPU, in the dtypes of its tensor cores.
-        "gpu": tuple(
+        # Heads enough to fill a large GPU, in the dtypes of its tensor cores.
+        GPU: tuple(
             Case(128, 2**i, dtype=dtype)
             for dtype in ("bfloat16", "float16")
             for i in range(7, 13)
         ),
     }
 )
-SWEEPS: Final = MappingProxyType({**ANYWHERE, **BY_PLATFORM})
-# For a smoke run, and in no sweep.
-SMOKE: Final = (Case(4, 64, head_dim=16),)
+SMOKE: Final = (Case(4, 64, head_dim=16),)  # The case of a smoke run.
 
 
 def select(
-    sweeps: Iterable[str],
-    names: Iterable[str] = (),
-    dtypes: Iterable[str] = (),
+    sweeps: Iterable[str], names: Iterable[str] = (), dtypes: Iterable[str] = ()
 ) -> list[Case]:
-    """The cases of the sweeps, each once; of names and dtypes those given, if any."""
+    """The cases of the sweeps, each once, with these names and dtypes (empty: all).
+
+    Raises:
+        ValueError: A name or dtype is in none of the sweeps.
+    """
     cases = dict.fromkeys(case for sweep in sweeps for case in SWEEPS[sweep])
+    check_names("cases", names, (case.name for case in cases))
+    check_names("dtypes", dtypes, (case.dtype for case in cases))
     return [
         case
         for case in cases
@@ -82,8 +88,15 @@ def select(
     ]
 
 
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError if a name is not among the known ones."""
+    known = list(dict.fromkeys(known))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"Unknown {what} {unknown}; expected some of {known}.")
+
+
 class Inputs(NamedTuple):
-    """Standard normal arrays (1, T, N, H); logits then have standard deviation 1."""
+    """Standard normal arrays (1, T, N, H); their logits have standard deviation 1."""
 
     query: jax.Array
     key: jax.Array
@@ -92,12 +105,11 @@ class Inputs(NamedTuple):
 
 
 def inputs(case: Case) -> Inputs:
-    """The same numbers in every run. float64 needs `jax.enable_x64`."""
-    rng = np.random.default_rng(SEED)
-    shape = case.shape_btnh
+    """Inputs of the case, the same in every run. float64 needs `jax.enable_x64`."""
+    rng = np.random.default_rng(0)
     return Inputs(
         *(
-            jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
+            jnp.asarray(rng.standard_normal(case.shape_btnh, np.float32), case.dtype)
             for _ in Inputs._fields
         )
     )

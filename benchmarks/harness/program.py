@@ -1,4 +1,4 @@
-"""A program that can be timed: what it is given and gives, its time and memory."""
+"""A program that can be timed: its call, its results, its memory."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
-from . import limits as _limits
+from . import limits
 from .cases import Case, Inputs
 
 Mode = Literal["forward", "forward_backward"]
@@ -17,21 +17,22 @@ MODES: Final = get_args(Mode)
 
 
 class Program(NamedTuple):
-    """One implementation or peer, ready for one case and mode."""
+    """One implementation or peer, ready to run one case in one mode."""
 
-    # Of the prepared arguments; returns when the result is there.
+    # Takes the prepared arguments and returns when the result is ready.
     call: Callable[..., Any]
-    prepare: Callable[[Inputs], tuple[Any, ...]] = tuple  # Untimed: converts, copies.
-    # (out,) or (out, (dq, dk, dv)) as NumPy arrays (1, T, N, H), from what `call` gave.
+    prepare: Callable[[Inputs], tuple[Any, ...]] = (
+        tuple  # Converts the inputs, untimed.
+    )
+    # Turns the result of `call` into NumPy arrays (1, T, N, H): (out,) or
+    # (out, (dq, dk, dv)).
     to_numpy: Callable[[Any], Any] = functools.partial(jax.tree.map, np.asarray)
-    matmul_precision: str = "highest"
-    version: str = ""  # Of a peer's package.
+    version: str = ""  # Package and version of a peer.
     compile_ms: float = 0.0
     temp_bytes: int | None = None
-    one_head_bytes: int | None = None
-    one_head_ts_bytes: int | None = None  # Without what is proportional to H.
+    ts_bytes_per_head: float | None = None  # The part that grows with T x S.
     memory_source: str = "compiled"
-    # Where memory is not declared but measured: bytes, from a thunk that calls once.
+    # Measures the memory of a call in bytes, for programs that do not declare it.
     measure_peak: Callable[[Callable[[], Any]], int | None] | None = None
 
 
@@ -40,47 +41,41 @@ def compiled(
     case: Case,
     mode: Mode,
     *,
-    single_head: bool = True,
+    single_head: bool = False,
     **fields: Any,
 ) -> Program:
-    """Compiles a JAX function, and for its memory the same with a single head.
+    """A program from a JAX function of query, key and value (1, T, N, H).
 
-    The memory of a head is x T S + y (T + S) H + vectors. A second head dimension gives
-    x, which is what a head costs when tokens are many.
-
-    Args:
-        attend: Of query, key and value (1, T, N, H).
-        case: Gives shapes and dtype.
-        mode: Whether gradients are computed as well.
-        single_head: False saves two compilations and leaves that memory unknown.
-        **fields: Of the `Program`.
+    With `single_head` it finds `ts_bytes_per_head` by two more compilations for a
+    single head: its memory is x T S + y (T + S) H + vectors, and a second head
+    dimension separates x from y. Other fields go to the `Program`.
 
     Raises:
-        NotImplementedError: It needs more memory than it may have, or a product of
-            matrices that this platform lacks.
+        NotImplementedError: As in `compile_within_limits`.
     """
     fn = in_mode(attend, mode)
     executable, compile_ms = compile_within_limits(fn, *_shapes(case))
-    one_head = half_dim = None
+    per_head = None
     if single_head:
-        one_head, half_dim = (
+        whole, half = (
             temp_bytes(_compile(fn, *_shapes(case, heads=1, head_dim=head_dim)))
             for head_dim in (case.head_dim, case.head_dim // 2)
         )
+        per_head = None if whole is None or half is None else 2 * half - whole
     return Program(
         call=lambda *args: jax.block_until_ready(executable(*args)),
         compile_ms=compile_ms,
         temp_bytes=temp_bytes(executable),
-        one_head_bytes=one_head,
-        one_head_ts_bytes=(
-            None if one_head is None or half_dim is None else 2 * half_dim - one_head
-        ),
+        ts_bytes_per_head=per_head,
         **fields,
     )
 
 
 def in_mode(attend: Callable[..., jax.Array], mode: Mode) -> Callable[..., Any]:
-    """The function of `Inputs` that is timed, from one of query, key and value."""
+    """The function of `Inputs` that is timed, from one of query, key and value.
+
+    It returns (out,), or (out, (dq, dk, dv)) in the mode "forward_backward".
+    """
 
     def forward(query, key, value, cotangent):
         del cotangent
@@ -96,28 +91,19 @@ def in_mode(attend: Callable[..., jax.Array], mode: Mode) -> Callable[..., Any]:
 def repeated(
     fn: Callable[..., Any], following: Callable[..., tuple[Any, ...]], calls: int
 ) -> Callable[..., tuple[Any, ...]]:
-    """A program of several calls, of whose time the start from Python is little.
+    """A program of several calls, so that starting it from Python costs little of it.
 
-    Args:
-        fn: What is called.
-        following: From the result and the arguments of a call, those of the next one.
-        calls: How many, one after another.
-
-    Returns:
-        A function of the arguments of the first call. Its first result is that of the
-        first call, any other what keeps the compiler from leaving the others out.
+    `following` gives the arguments of the next call from the result and the arguments
+    of the last one. The program returns the result of the first call, then whatever
+    keeps the compiler from removing the others.
     """
 
     def program(*args):
         first = fn(*args)
         if calls == 1:
             return (first,)
-
-        def call(_, args):
-            return following(fn(*args), *args)
-
-        rest = jax.lax.fori_loop(1, calls, call, following(first, *args))
-        return first, rest
+        call = lambda _, args: following(fn(*args), *args)
+        return first, jax.lax.fori_loop(1, calls, call, following(first, *args))
 
     return program
 
@@ -125,23 +111,29 @@ def repeated(
 def compile_within_limits(
     fn: Callable[..., Any], *shapes: jax.ShapeDtypeStruct
 ) -> tuple[jax.stages.Compiled, float]:
-    """The executable, and the milliseconds that it took to get it.
+    """The executable, and the milliseconds that tracing and compiling took.
 
     Raises:
-        NotImplementedError: It needs more memory than it may have, or a product of
-            matrices that this platform lacks.
+        NotImplementedError: The program needs too much memory, or a matrix product
+            that this platform lacks.
     """
     start = time.perf_counter()
     executable = _compile(fn, *shapes)
     compile_ms = 1e3 * (time.perf_counter() - start)
     stats = executable.memory_analysis()
     if stats is not None:
-        _limits.check_memory(
+        limits.check_memory(
             stats.temp_size_in_bytes
             + stats.argument_size_in_bytes
             + stats.output_size_in_bytes
         )
     return executable, compile_ms
+
+
+def temp_bytes(executable: jax.stages.Compiled) -> int | None:
+    """Temporary memory that the executable declares, or None if it does not."""
+    stats = executable.memory_analysis()
+    return None if stats is None else stats.temp_size_in_bytes
 
 
 def _shapes(case, **changed):
@@ -153,13 +145,7 @@ def _compile(fn, *shapes):
     try:
         return jax.jit(fn).lower(*shapes).compile()
     except ValueError as error:
-        # Such as float16 with accumulation in float32 on a CPU.
+        # For example float16 with accumulation in float32 on a CPU.
         if "is not supported by dot_general" not in str(error):
             raise
         raise NotImplementedError(str(error).splitlines()[0]) from error
-
-
-def temp_bytes(executable: jax.stages.Compiled) -> int | None:
-    """What the executable declares as temporary memory."""
-    stats = executable.memory_analysis()
-    return None if stats is None else stats.temp_size_in_bytes

@@ -1,50 +1,41 @@
-"""A measurement, what was not measured and why, and the files that keep both."""
+"""Rows and skips of the attention benchmark, and the files that keep them."""
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from . import machine
 from .cases import Case
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
-SKIPS: Final = "-skipped.jsonl"  # How the files of `Skip` end.
+SKIPS: Final = "-skipped.jsonl"  # Ending of the files with skips.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Line:
-    """What both kinds of line say."""
+    """Fields that rows and skips share."""
 
     implementation: str  # A key of IMPLEMENTATIONS or PEERS, or "softmax".
     mode: str  # "forward" or "forward_backward".
     shape_btnh: tuple[int, int, int, int]
     dtype: str
-    num_iters: int  # Sinkhorn iterations, not repeats; softmax has none to do.
+    num_iters: int  # Sinkhorn iterations, not repeats; softmax ignores them.
     device: str  # CPU model or the accelerator's kind.
     platform: str  # "cpu", "gpu" or "tpu".
-    num_cpus: int  # That this process may use.
-    date: str  # When the run began, UTC; the same in all its rows.
-
-    @classmethod
-    def parse(cls, line: str) -> "_Line":
-        """The inverse of `json`."""
-        fields = json.loads(line)
-        return cls(**fields | {"shape_btnh": tuple(fields["shape_btnh"])})
-
-    def json(self) -> str:
-        """One line."""
-        return json.dumps(dataclasses.asdict(self))
+    num_cpus: int  # CPUs that this process may use.
+    date: str  # Start of the run in UTC; the same in all its lines.
 
     @property
     def case(self) -> Case:
-        """What was measured."""
+        """The case that was measured."""
         _, tokens, heads, head_dim = self.shape_btnh
         return Case(heads, tokens, head_dim, self.dtype, self.num_iters)
 
     @property
     def machine(self) -> tuple[str, str, int]:
-        """Device, platform and CPUs: the arguments of `_machine.directory_name`."""
+        """Device, platform and CPUs: the arguments of `machine.directory_name`."""
         return self.device, self.platform, self.num_cpus
 
 
@@ -52,23 +43,18 @@ class _Line:
 class Row(_Line):
     """One measurement; one line of a results file.
 
-    New fields get a default: the files are append-only, and old lines must still parse.
+    A new field needs a default, because old lines must still parse.
     """
 
-    kv_len: int
-    matmul_precision: str  # "highest" for Sinkhorn; JAX's setting for softmax.
     median_ms: float
     iqr_ms: float  # Interquartile range over `repeats`.
     repeats: int
     compile_ms: float  # Tracing, lowering and compiling; 0 for an eager program.
-    tokens_per_second: float  # B * T through all N heads.
     # Median over softmax's in the same rounds; None if softmax could not run.
     ratio_to_softmax: float | None
     peak_mib: float | None  # Memory of a call; None where the backend is silent.
-    peak_in_ts_arrays: float | None  # The same, in arrays T * S of float32 or wider.
-    one_head_mib: float | None  # Temporary memory of the program for a single head.
-    # The part of that which does not grow with H, in arrays T * S of float32 or wider.
-    # Whole arrays; the fraction is vectors, such as the potentials of every iteration.
+    # Arrays T x S, of float32 or wider, that one head in flight allocates. Whole
+    # arrays; the fraction is vectors, such as the potentials of every iteration.
     ts_arrays_per_head: float | None
     # Against float64. "forward": of the output. "forward_backward": the worst of dq,
     # dk and dv, each over its own largest magnitude.
@@ -77,13 +63,12 @@ class Row(_Line):
     jaxlib_version: str
     python_version: str
     commit: str  # Short hash; "-dirty" if the tree was; "unknown" without git.
-    version: str = ""  # Of a peer's package, with its name.
-    is_default: bool = False  # `implementation=None` takes it for this problem.
-    # Where `peak_mib` is from. "compiled": what the executable declares as temporary.
-    # "resident": growth of the process's peak resident set over one call. "allocator":
-    # growth of the peak of PyTorch's CUDA allocator. The latter two include results.
+    version: str = ""  # Package and version of a peer.
+    is_default: bool = False  # `implementation=None` selects it for this case.
+    # Source of `peak_mib`. "compiled": temporary memory that the executable declares.
+    # "resident": growth of the process's peak resident set over one call, with results.
     memory_source: str = "compiled"
-    load: float | None = None  # Of the machine in the minute before the run.
+    load: float | None = None  # Load of the machine in the minute before the run.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,18 +78,23 @@ class Skip(_Line):
     reason: str
 
 
-def append(path: Path, lines: Iterable[Row | Skip]) -> None:
-    """Adds lines; never changes one."""
-    lines = list(lines)
+def append(path: Path, lines: Sequence[Row | Skip | dict[str, Any]]) -> None:
+    """Appends lines of JSON to a file, whose folder is created if needed."""
     if not lines:
         return
+    lines = [x if isinstance(x, dict) else dataclasses.asdict(x) for x in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(line.json() + "\n" for line in lines)
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def path(facts: Mapping[str, Any], kind: str = "") -> Path:
+    """File of today's rows for the machine with these `facts`."""
+    return machine.folder(facts, RESULTS) / kind / f"{facts['date'][:10]}.jsonl"
 
 
 def skips_path(path: Path) -> Path:
-    """Where the skips of a run go whose rows go to the path."""
+    """Path for the skips of the run whose rows go to `path`."""
     return path.with_name(path.stem + SKIPS)
 
 
@@ -114,24 +104,16 @@ def read(directory: Path = RESULTS) -> list[Row]:
     return _read(Row, paths)
 
 
-def read_file(path: Path) -> list[Row]:
-    """The rows of one file; none if it is not there yet."""
-    return _read(Row, [path]) if path.exists() else []
-
-
 def read_skips(directory: Path = RESULTS) -> list[Skip]:
-    """All skips, likewise."""
+    """All skips of `<device>/*-skipped.jsonl`, oldest run first."""
     return _read(Skip, directory.glob(f"*/*{SKIPS}"))
 
 
 def newest(lines: Sequence, rows: Sequence[Row]) -> list:
-    """Of each machine and case, what its newest run says.
+    """The rows or skips of each machine's newest run of each case.
 
-    A case's lines are then of one run, and their ratios are within it.
-
-    Args:
-        lines: Rows or skips.
-        rows: All rows; their dates count.
+    The dates of all `rows` say which run is the newest. All lines of a case are then
+    from one run, and their ratios are within it.
     """
     dates: dict[tuple, str] = {}
     for row in rows:
@@ -142,8 +124,15 @@ def newest(lines: Sequence, rows: Sequence[Row]) -> list:
 
 def _read(kind, paths):
     lines = [
-        kind.parse(line)
+        _parse(kind, line)
         for path in sorted(paths)
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     return sorted(lines, key=lambda line: line.date)
+
+
+def _parse(kind, line):
+    # Lines of earlier versions have fields that are no longer recorded.
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields = {name: x for name, x in json.loads(line).items() if name in known}
+    return kind(**fields | {"shape_btnh": tuple(fields["shape_btnh"])})

@@ -1,4 +1,4 @@
-"""JAX as other libraries expect it."""
+"""The JAX settings under which peers run."""
 
 import contextlib
 import warnings
@@ -9,11 +9,7 @@ import jax
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """Standard promotion, products at highest precision, and no warnings.
-
-    Libraries import what others have deprecated and mix dtypes; the benchmarks' own
-    code may be run under stricter settings. Precision is that of Sinkhorn here.
-    """
+    """Standard promotion, products at highest precision as in ours, and no warnings."""
     with (
         warnings.catch_warnings(),
         jax.numpy_dtype_promotion("standard"),

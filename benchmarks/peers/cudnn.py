@@ -1,7 +1,6 @@
 """JAX's softmax attention in cuDNN: one fused kernel, on NVIDIA GPUs alone."""
 
 import functools
-import importlib.metadata
 
 import jax
 from jax.extend.backend import get_backend
@@ -11,14 +10,8 @@ from ..harness.program import Mode, Program, compiled
 from .context import lenient
 
 
-def softmax(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`jax.nn.dot_product_attention` that may not take anything else."""
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-
-
-def why_not(function: str, case: Case, mode: Mode) -> str | None:
-    """A reason, or None."""
-    del function, mode
+def why_not(case: Case) -> str | None:
+    """The reason why cuDNN cannot run the case here, or None."""
     backend = get_backend()
     if "cuda" not in backend.platform_version.lower():
         return (
@@ -31,24 +24,8 @@ def why_not(function: str, case: Case, mode: Mode) -> str | None:
 
 
 def build(function: str, case: Case, mode: Mode) -> Program:
-    """The compiled program."""
+    """The compiled program, at cuDNN's own precision."""
+    del function
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     with lenient():
-        return compiled(
-            {"softmax": softmax}[function],
-            case,
-            mode,
-            single_head=False,
-            matmul_precision="default",  # cuDNN is not asked for another.
-            version=f"cuDNN {_version()}",
-        )
-
-
-@functools.cache
-def _version() -> str:
-    """Of the package that JAX's plugins bring, if there is one."""
-    found = [
-        dist.version
-        for dist in importlib.metadata.distributions()
-        if (dist.metadata["Name"] or "").startswith("nvidia-cudnn-cu")
-    ]
-    return max(found, default="of the system")
+        return compiled(attend, case, mode, version="cuDNN")

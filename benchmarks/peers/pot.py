@@ -1,10 +1,8 @@
 """POT: its Sinkhorn in log space with its JAX backend, eager, head by head.
 
-`sinkhorn_log` and not `sinkhorn_stabilized`, which asks for the device of a traced
-array and so has no gradient under JAX. Both decide in Python whether to stop, so
-neither can be compiled. It does column, row, column, row ... from given potentials, so
-it starts from those of the softmax, computed here: then its L iterations are ours, and
-end on the rows. It looks at the marginal error every tenth iteration and never stops.
+`sinkhorn_log` decides in Python whether to stop and cannot be compiled;
+`sinkhorn_stabilized` has no gradient under JAX. It starts from the potentials of the
+softmax, computed here, so that its iterations are ours and end on the rows.
 """
 
 import jax
@@ -12,14 +10,13 @@ import jax.numpy as jnp
 import ot
 from jaxtyping import Array, Float
 
-from ..harness import limits as _limits
-from ..harness import process_memory as _process
+from ..harness import limits, process_memory
 from ..harness.cases import Case
 from ..harness.program import Mode, Program, in_mode
 from .context import lenient
 
 
-def sinkhorn_log(
+def attend(
     query: Float[Array, "T H"],
     key: Float[Array, "S H"],
     value: Float[Array, "S D"],
@@ -43,47 +40,38 @@ def sinkhorn_log(
     return (plan @ v).astype(query.dtype)
 
 
-def why_not(function: str, case: Case, mode: Mode) -> str | None:
-    """A reason, or None."""
-    del function, mode
+def why_not(case: Case) -> str | None:
+    """The reason why POT cannot run the case, or None."""
     if case.num_iters == 0:
         return "without iterations there is nothing for its solver to do"
     return None
 
 
 def build(function: str, case: Case, mode: Mode) -> Program:
-    """The eager program. Heads are apart before the clock runs."""
-    _limits.check_memory(_estimate(case, mode))
-    attend = {"sinkhorn_log": sinkhorn_log}[function]
-    of_head = in_mode(lambda *args: attend(*args, case.num_iters), mode)
+    """The eager program. The heads are separated before the clock runs."""
+    del function
+    # T x S arrays of one head: 9 forward; the gradient keeps about two for each of the
+    # 2 L + 1 half steps (21 to 40 were measured for L = 10).
+    arrays = 9 if mode == "forward" else 2 * (2 * case.num_iters + 1)
+    vectors = 8 * case.heads * case.tokens * case.head_dim  # Inputs and results.
+    size = 8 if case.dtype == "float64" else 4
+    limits.check_memory(size * (arrays * case.tokens**2 + vectors))
+    one_head = in_mode(lambda *args: attend(*args, case.num_iters), mode)
 
     def call(*heads):
         with lenient():
-            return jax.block_until_ready([of_head(*head) for head in heads])
+            return jax.block_until_ready([one_head(*head) for head in heads])
 
-    def to_numpy(results):
-        return jax.tree.map(lambda *heads: jnp.stack(heads, axis=1)[None], *results)
-
+    on_cpu = jax.default_backend() == "cpu"
     return Program(
         call=call,
         prepare=lambda inputs: tuple(
             tuple(x[0, :, head] for x in inputs) for head in range(case.heads)
         ),
-        to_numpy=to_numpy,
+        to_numpy=lambda results: jax.tree.map(
+            lambda *heads: jnp.stack(heads, axis=1)[None], *results
+        ),
         version=f"POT {ot.__version__}",
         memory_source="resident",
-        measure_peak=_process.peak_growth if _on_cpu() else None,
+        measure_peak=process_memory.peak_growth if on_cpu else None,
     )
-
-
-def _estimate(case, mode):
-    # One head at a time, in T x S arrays. The gradient of eager operations keeps about
-    # two for each of the 2 L + 1 log-sum-exps. Measured: 9 forward, 21 to 40 for L 10.
-    arrays = 9 if mode == "forward" else 2 * (2 * case.num_iters + 1)
-    size = 8 if case.dtype == "float64" else 4
-    vectors = 8 * case.heads * case.tokens * case.head_dim  # Inputs and results.
-    return size * (arrays * case.tokens**2 + vectors)
-
-
-def _on_cpu():
-    return jax.default_backend() == "cpu"

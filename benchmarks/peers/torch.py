@@ -1,49 +1,37 @@
-"""PyTorch: its softmax attention, and Sinkhorn attention with autograd.
+"""PyTorch: its softmax attention, and Sinkhorn attention with autograd, both eager."""
 
-Tensors are (1, N, T, H), PyTorch's own order, and are made from the same arrays before
-the clock runs.
-"""
-
+import functools
 import math
 
 import jax
 import numpy as np
 import torch
 
-from ..harness import limits as _limits
-from ..harness import machine as _machine
-from ..harness import process_memory as _process
+from ..harness import limits, machine, process_memory
 from ..harness.cases import Case
 from ..harness.program import Mode, Program
 
 
-def softmax(query, key, value, num_iters):
-    """`torch.nn.functional.scaled_dot_product_attention`."""
-    del num_iters
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
-
-
 def sinkhorn(query, key, value, num_iters):
-    """Sinkhorn attention in log space as in Sinkformers (arXiv 2110.11773, section 3).
+    """Sinkhorn attention in log space, as in Sinkformers (arXiv 2110.11773, section 3).
 
-    Half steps alternate from the softmax on: potentials from log-sum-exps of the
-    logits, the plan at the end. Half precision is widened to float32 on the way.
+    Half precision is widened to float32.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, value_wide = (x.to(dtype) for x in (query, key, value))
     logits = query @ key.mT / math.sqrt(query.shape[-1])  # [1, N, T, S]
-    log_column_mass = math.log(logits.shape[-2] / logits.shape[-1])
+    log_col_marginal = math.log(logits.shape[-2] / logits.shape[-1])
     f = -torch.logsumexp(logits, dim=-1, keepdim=True)
     g = torch.zeros_like(logits[..., :1, :])
     for _ in range(num_iters):
-        g = log_column_mass - torch.logsumexp(logits + f, dim=-2, keepdim=True)
+        g = log_col_marginal - torch.logsumexp(logits + f, dim=-2, keepdim=True)
         f = -torch.logsumexp(logits + g, dim=-1, keepdim=True)
     return (torch.exp(logits + f + g) @ value_wide).to(value.dtype)
 
 
-def why_not(function: str, case: Case, mode: Mode) -> str | None:
-    """A reason, or None: PyTorch must compute where JAX does."""
-    del function, case, mode
+def why_not(case: Case) -> str | None:
+    """The reason why PyTorch cannot compute where JAX does, or None."""
+    del case
     platform = jax.default_backend()
     if platform == "cpu" or (platform == "gpu" and torch.cuda.is_available()):
         return None
@@ -53,14 +41,13 @@ def why_not(function: str, case: Case, mode: Mode) -> str | None:
 def build(function: str, case: Case, mode: Mode) -> Program:
     """The eager program on JAX's device, with as many threads as there are CPUs."""
     is_cuda = jax.default_backend() == "gpu"
-    if is_cuda:
-        torch.cuda.empty_cache()  # What earlier cases left is free then.
-    free = torch.cuda.mem_get_info()[0] if is_cuda else None
-    _limits.check_memory(_estimate(function, case, mode), free)
-    torch.set_num_threads(_machine.num_cpus())
-    attend = {"softmax": softmax, "sinkhorn": sinkhorn}[function]
+    limits.check_memory(_num_bytes(function, case, mode))
+    torch.set_num_threads(machine.num_cpus())
+    attend = functools.partial(sinkhorn, num_iters=case.num_iters)
+    if function == "softmax":
+        attend = torch.nn.functional.scaled_dot_product_attention
 
-    def prepare(inputs):
+    def prepare(inputs):  # Tensors (1, N, T, H), PyTorch's order.
         wide = np.float64 if case.dtype == "float64" else np.float32  # No bfloat16.
         return tuple(
             torch.tensor(np.asarray(x).astype(wide))
@@ -74,9 +61,9 @@ def build(function: str, case: Case, mode: Mode) -> Program:
     def call(query, key, value, cotangent):
         if mode == "forward":
             with torch.inference_mode():
-                result = (attend(query, key, value, case.num_iters),)
+                result = (attend(query, key, value),)
         else:
-            out = attend(query, key, value, case.num_iters)
+            out = attend(query, key, value)
             grads = torch.autograd.grad(out, (query, key, value), cotangent)
             result = (out.detach(), grads)
         if is_cuda:
@@ -87,35 +74,22 @@ def build(function: str, case: Case, mode: Mode) -> Program:
         call=call,
         prepare=prepare,
         to_numpy=lambda result: jax.tree.map(_to_numpy, result),
-        matmul_precision=torch.get_float32_matmul_precision(),
         version=f"torch {torch.__version__}",
-        memory_source="allocator" if is_cuda else "resident",
-        measure_peak=_cuda_peak if is_cuda else _process.peak_growth,
+        memory_source="resident",
+        measure_peak=None if is_cuda else process_memory.peak_growth,
     )
 
 
-def _estimate(function, case, mode):
-    # Softmax attention is fused on every device: no T x S array. Sinkhorn forward holds
-    # up to six; autograd keeps the argument of every log-sum-exp, 2 L + 1 of them, and
-    # its temporaries and gaps between arrays were measured to be about eleven.
-    arrays = {
-        ("softmax", "forward"): 0,
-        ("softmax", "forward_backward"): 0,
-        ("sinkhorn", "forward"): 6,
-        ("sinkhorn", "forward_backward"): 2 * case.num_iters + 12,
-    }[function, mode]
-    size = 8 if case.dtype == "float64" else 4
+def _num_bytes(function, case, mode):
+    # Fused softmax attention stores no T x S array. Sinkhorn forward needs up to six;
+    # autograd keeps the argument of each of the 2 L + 1 log-sum-exps, and about eleven
+    # more were measured for its temporaries.
+    arrays = 0
+    if function == "sinkhorn":
+        arrays = 6 if mode == "forward" else 2 * case.num_iters + 12
     vectors = 8 * case.tokens * case.head_dim  # Inputs and results.
+    size = 8 if case.dtype == "float64" else 4
     return size * case.heads * (arrays * case.tokens**2 + vectors)
-
-
-def _cuda_peak(call):
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = call()
-    growth = torch.cuda.max_memory_allocated() - before
-    del out
-    return growth
 
 
 def _to_numpy(x):

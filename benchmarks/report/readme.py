@@ -1,161 +1,143 @@
-"""The benchmarks' part of the README and the pages it links, from committed rows."""
+"""The README's speed section and the pages of all devices, from committed rows."""
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-from .. import programs as _programs
-from ..harness import cases as _cases
-from ..harness import machine as _machine
-from ..harness import record as _record
+from .. import programs
+from ..harness import machine, record
 from ..harness.cases import Case
 from ..harness.program import MODES
 from ..harness.record import Row
-from . import findings as _findings
-from . import pages as _pages
-from . import plots as _plots
-from . import table as _table
+from . import figures, page, table
 
-README: Final = _machine.ROOT / "README.md"
 BEGIN: Final = "<!-- benchmarks:begin -->"
 END: Final = "<!-- benchmarks:end -->"
-# Those whose columns say most in little space; the pages have all.
-SHOWN: Final = (
-    *_cases.SWEEPS["heads"],
-    *(Case(2, 8192), Case(2, 16384)),
-    *_cases.select(["gpu"], dtypes=["bfloat16"]),
+SHOWN: Final = (Case(96, 197), Case(16, 1024), Case(2, 4096), Case(2, 16384))
+OTHER: Final = "best other Sinkhorn"
+# A column shows the fastest program of which its function is true.
+COLUMNS: Final[Mapping[str, Callable[[Row], bool]]] = MappingProxyType(
+    {
+        "softmax, ms": lambda row: row.implementation == programs.SOFTMAX,
+        "default": lambda row: row.is_default,
+        "`reference`": lambda row: row.implementation == "reference",
+        "PyTorch softmax": lambda row: row.implementation == "torch_softmax",
+        # Only peers have a version.
+        OTHER: lambda row: (
+            bool(row.version) and programs.is_sinkhorn(row.implementation)
+        ),
+    }
 )
 LEGEND: Final = (
-    "`softmax` is `jax.nn.dot_product_attention` and in ms; the others are multiples "
-    "of it. Forward / forward + backward; **bold** is what `implementation=None` takes."
+    "Forward / forward + backward, float32, 10 iterations. Softmax is "
+    "`jax.nn.dot_product_attention`; the other columns are multiples of its time."
 )
 
 
-def block(rows: Sequence[Row], results: Path = _record.RESULTS) -> str:
-    """What stands between the markers.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Files to write."""
+
+    readme: Path = machine.ROOT / "README.md"
+    results: Path = record.RESULTS
+
+
+def run(config: Config) -> None:
+    """Rewrites the README's section, and the page and figures of every device."""
+    for path, text in texts(config).items():
+        path.write_text(text, encoding="utf-8")
+    for rows in _devices(record.read(config.results)):
+        figures.draw(rows, page.folder(rows[0], config.results))
+
+
+def texts(config: Config) -> dict[Path, str]:
+    """Content of the README and of the page of every device, by path.
 
     Raises:
-        ValueError: There are no rows.
+        ValueError: There are no rows, or the README lacks the markers.
     """
+    rows = record.read(config.results)
     if not rows:
         raise ValueError(
-            f"There are no rows below {results}, so there is no table to make. "
+            f"There are no rows below {config.results}, so there is no table to make. "
             "Record some with python -m benchmarks."
         )
-    parts, plots = [], []
-    for of_device in _devices(rows):
-        name = _machine.directory_name(*of_device[0].machine)
-        link = f"benchmarks/results/{name}"
-        for dtype in dict.fromkeys(case.dtype for case in SHOWN):
-            cases = [case for case in SHOWN if case.dtype == dtype]
-            shown = [row for row in of_device if row.case in cases]
-            if shown:
-                iterations = f"{shown[0].num_iters} iterations"
-                parts += [
-                    f"{_table.caption(shown)}, {dtype}, {iterations} "
-                    f"([every number, and what was left out]({link}/{_pages.PAGE}))",
-                    _ratios(shown),
-                    _findings.sentences(shown),
-                ]
-        if of_device[0].platform == "cpu":
-            plots += [
-                f"![{alt}]({link}/{file})"
-                for file, alt in _plots.names(of_device).items()
-            ]
-    return "\n" + "\n\n".join(x for x in (*parts, LEGEND, *plots) if x) + "\n"
+    skips = record.newest(record.read_skips(config.results), rows)
+    text = config.readme.read_text(encoding="utf-8")
+    found = {config.readme: with_section(text, section(rows))}
+    for some in _devices(rows):
+        path = page.folder(some[0], config.results) / "README.md"
+        found[path] = page.text(
+            some, [x for x in skips if x.machine == some[0].machine]
+        )
+    return found
 
 
-def with_block(text: str, new: str) -> str:
+def section(rows: Sequence[Row]) -> str:
+    """The text between the README's markers: a small table for each device."""
+    parts = []
+    for some in _devices(rows):
+        link = f"benchmarks/results/{machine.directory_name(*some[0].machine)}"
+        shown = [row for row in some if row.case in SHOWN]
+        caption = table.caption([row for row in shown or some if not row.version])
+        parts += [f"{caption} ([every number]({link}/README.md))."]
+        if shown:
+            parts += [_small_table(shown)]
+    return "\n" + "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+def with_section(text: str, new: str) -> str:
     """The text with `new` between its markers.
 
     Raises:
-        ValueError: The text does not have each marker once, in order.
+        ValueError: The text does not contain each marker once, in order.
     """
-    if (
-        text.count(BEGIN) != 1
-        or text.count(END) != 1
-        or text.find(END) < text.find(BEGIN)
-    ):
+    pattern = re.compile(f"(?<={BEGIN}).*?(?={END})", re.S)
+    if (text.count(BEGIN), text.count(END), len(pattern.findall(text))) != (1, 1, 1):
         raise ValueError(
-            f"The README must have one line {BEGIN} and after it one line {END}, got "
-            f"{text.count(BEGIN)} and {text.count(END)}. The table goes between them."
+            f"The README must have one line {BEGIN} and after it one line {END}: the "
+            "table goes between them."
         )
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}{new}{END}{after}"
-
-
-def update(readme: Path = README, results: Path = _record.RESULTS) -> None:
-    """Rewrites the block, and the page and plots of every device."""
-    for path, text in _texts(readme, results).items():
-        path.write_text(text, encoding="utf-8")
-    for rows in _devices(_record.read(results)):
-        _plots.draw(rows, _pages.folder(rows[0], results))
-
-
-def is_current(readme: Path = README, results: Path = _record.RESULTS) -> bool:
-    """Whether the files say what the rows give, and the plots are there."""
-    plots = [
-        _pages.folder(rows[0], results) / name
-        for rows in _devices(_record.read(results))
-        for name in _plots.names(rows)
-    ]
-    return all(path.exists() for path in plots) and all(
-        path.exists() and path.read_text(encoding="utf-8") == text
-        for path, text in _texts(readme, results).items()
-    )
-
-
-def _texts(readme, results):
-    rows, skips = _record.read(results), _record.read_skips(results)
-    text = readme.read_text(encoding="utf-8")
-    texts = {readme: with_block(text, block(rows, results))}
-    newest_skips = _record.newest(skips, rows)
-    for of_device in _devices(rows):
-        machine = of_device[0].machine
-        texts[_pages.folder(of_device[0], results) / _pages.PAGE] = _pages.page(
-            of_device, [skip for skip in newest_skips if skip.machine == machine]
-        )
-    return texts
+    return pattern.sub(lambda _: new, text)
 
 
 def _devices(rows):
     """The newest rows of each device, CPUs first."""
     by_machine: dict[tuple, list[Row]] = {}
-    for row in _record.newest(rows, rows):
+    for row in record.newest(rows, rows):
         by_machine.setdefault(row.machine, []).append(row)
     return [by_machine[x] for x in sorted(by_machine, key=lambda x: (x[1], x))]
 
 
-def _ratios(rows):
-    by_case: dict[Case, dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        key = (row.implementation, row.mode)
-        by_case.setdefault(row.case, {})[key] = row
-    names = _in_order({row.implementation for row in rows})
-    lines = [
-        (case.name, *(_cell(by_case[case], name) for name in names))
-        for case in SHOWN
-        if case in by_case
-    ]
-    return _table.markdown(("heads x tokens", *(f"`{x}`" for x in names)), lines)
+def _small_table(rows):
+    lines = []
+    for case in SHOWN:
+        cells = [case.name]
+        for column, is_in_column in COLUMNS.items():
+            some = [row for row in rows if row.case == case and is_in_column(row)]
+            fastest = [
+                min(
+                    (row for row in some if row.mode == mode),
+                    key=lambda row: row.median_ms,
+                    default=None,
+                )
+                for mode in MODES
+            ]
+            cell = " / ".join(_number(row) for row in fastest)
+            names = dict.fromkeys(f"`{row.implementation}`" for row in fastest if row)
+            if names and column == OTHER:
+                cell += f" ({', '.join(names)})"
+            cells.append(cell)
+        lines.append(cells)
+    return table.markdown(("heads x tokens", *COLUMNS), lines)
 
 
-def _cell(of_case, name):
-    rows = [of_case.get((name, mode)) for mode in MODES]
-    if not any(rows):
-        return _table.MISSING
-    text = " / ".join(
-        _table.MISSING
-        if row is None
-        else _table.number(row.median_ms)
-        if name == _programs.SOFTMAX
-        else _table.ratio(row)
-        for row in rows
-    )
-    return f"**{text}**" if any(row and row.is_default for row in rows) else text
-
-
-def _in_order(names):
-    known = [_programs.SOFTMAX, *_programs.names()]
-    return [x for x in known if x in names] + sorted(names - set(known))
+def _number(row):
+    if row is None:
+        return table.MISSING
+    if row.implementation == programs.SOFTMAX:
+        return table.number(row.median_ms)
+    return table.ratio(row.ratio_to_softmax)

@@ -1,93 +1,88 @@
-"""Rows as a table: aligned for a terminal, and the cells that all tables share."""
+"""Tables in Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from ..harness.record import Row
 
-MISSING = "-"
-
-
-def aligned(rows: Sequence[Row]) -> str:
-    """One line a row, all numbers."""
-    header = (
-        *("heads x tokens", "dtype", "iterations", "mode", "implementation"),
-        *("median ms", "iqr ms", "repeats", "x softmax", "x faster than reference"),
-        *("tokens/s", "peak MiB", "one head MiB", "T*S arrays per head"),
-        *("error", "compile ms"),
-    )
-    lines = [header]
-    for row in rows:
-        lines.append(
-            (
-                row.case.name,
-                row.dtype,
-                str(row.num_iters),
-                row.mode,
-                row.implementation,
-                number(row.median_ms),
-                number(row.iqr_ms),
-                str(row.repeats),
-                ratio(row),
-                number(faster_than_reference(row, rows)),
-                f"{row.tokens_per_second:.3g}",
-                number(row.peak_mib),
-                number(row.one_head_mib),
-                number(row.ts_arrays_per_head),
-                f"{row.max_abs_error:.1e}",
-                f"{row.compile_ms:.0f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    num_text = 5  # Left-aligned columns.
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < num_text else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+MISSING: Final = "-"
+# Marks of how memory was found; see `Row.memory_source`.
+MARKS: Final = {"compiled": "", "resident": "\\*"}
+HEADER: Final = (
+    *("heads x tokens", "dtype", "iterations", "program", "forward, ms", "x softmax"),
+    *("forward + backward, ms", "x softmax", "x reference", "peak, MiB", "T·S"),
+    *("error forward", "gradient", "repeats"),
+)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], num_text=1) -> str:
-    """A Markdown table; the first `num_text` columns are left-aligned."""
+    """A Markdown table whose first `num_text` columns are left-aligned."""
     rule = ["---"] * num_text + ["---:"] * (len(header) - num_text)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
 
 
+def plain(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Some columns of rows as a Markdown table."""
+    show = lambda x: number(x) if isinstance(x, float) else str(x)
+    lines = [[show(row.get(column, MISSING)) for column in columns] for row in rows]
+    return markdown(columns, lines)
+
+
+def sweep(rows: Sequence[Row]) -> str:
+    """The rows as a table: a line for each case and program, both modes in it."""
+    by_line: dict[tuple, dict[str, Row]] = {}
+    reference: dict[tuple, float] = {}
+    for row in rows:
+        by_line.setdefault((row.case, row.implementation), {})[row.mode] = row
+        if row.implementation == "reference":
+            reference[row.case, row.mode] = row.median_ms
+    lines = []
+    for (case, name), modes in by_line.items():
+        forward, both = modes.get("forward"), modes.get("forward_backward")
+        x_reference = None
+        if both and (case, both.mode) in reference:
+            x_reference = both.median_ms / reference[case, both.mode]
+        lines.append(
+            (
+                *(case.name, case.dtype, str(case.num_iters)),
+                f"**`{name}`**" if (forward or both).is_default else f"`{name}`",
+                *_time_and_ratio(forward),
+                *_time_and_ratio(both),
+                number(x_reference),
+                number(both and both.peak_mib) + MARKS[(both or forward).memory_source],
+                number(both and both.ts_arrays_per_head),
+                *(f"{x.max_abs_error:.1e}" if x else MISSING for x in (forward, both)),
+                " / ".join(str(x.repeats) if x else MISSING for x in (forward, both)),
+            )
+        )
+    return markdown(HEADER, lines, num_text=4)
+
+
 def caption(rows: Sequence[Row]) -> str:
-    """Device, versions, commits and days of the rows."""
+    """Device, versions, commits and days of the rows, in one line."""
     one = rows[-1]
     cores = f", {one.num_cpus} cores" if one.platform == "cpu" else ""
-    jax_versions = [f"jax {x}" for x in _distinct(row.jax_version for row in rows)]
-    commits = [f"commit `{x}`" for x in _distinct(row.commit for row in rows)]
-    versions = jax_versions + _distinct(row.version for row in rows if row.version)
-    days = _distinct(row.date[:10] for row in rows)
-    return f"**{one.device}{cores}**, " + ", ".join([*versions, *commits, *days])
+    parts = [f"jax {row.jax_version}" for row in rows]
+    parts += [row.version for row in rows if row.version]
+    parts += [f"commit `{row.commit}`" for row in rows]
+    parts += [row.date[:10] for row in rows]
+    return f"**{one.device}{cores}**, " + ", ".join(dict.fromkeys(parts))
 
 
-def ratio(row: Row) -> str:
-    """Over softmax, of times."""
-    if row.ratio_to_softmax is None:
-        return MISSING
-    return f"{row.ratio_to_softmax:.{2 if row.ratio_to_softmax < 10 else 1}f}"
-
-
-def faster_than_reference(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times, in the same run; None without a row of `reference`."""
-    same = (row.machine, row.mode, row.case, row.date)
-    for other in rows:
-        is_same = (other.machine, other.mode, other.case, other.date) == same
-        if is_same and other.implementation == "reference":
-            return other.median_ms / row.median_ms
-    return None
+def ratio(x: float | None) -> str:
+    """A ratio with two decimals, or one from 10 on."""
+    return MISSING if x is None else f"{x:.{2 if x < 10 else 1}f}"
 
 
 def number(x: float | None) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all digits before the point."""
     if x is None:
         return MISSING
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
-def _distinct(items):
-    return list(dict.fromkeys(items))
+def _time_and_ratio(row):
+    if row is None:
+        return MISSING, MISSING
+    time = f"{number(row.median_ms)} ± {number(row.iqr_ms / 2)}"
+    return time, ratio(row.ratio_to_softmax)
