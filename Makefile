@@ -1,19 +1,20 @@
-# `make demo` runs the main experiment, `make report` writes all findings on one page,
-# `make test` runs everything that must pass. They create .venv on first use and reuse it
-# afterwards. `make benchmark` and `make test-all` add the libraries that the benchmarks
-# compare with, PyTorch among them. `make compile-table` compiles the TPU kernels without
-# a TPU, for which it downloads libtpu, 484 MB, and `make compile-table-gpu` the GPU
-# kernels without a GPU, with 578 MB of JAX's CUDA plugin, ptxas and nvdisasm.
+# `make demo` runs the main experiment and `make report` writes all findings on one page.
+# `make test` runs everything that must pass; `make check-results` compares the committed
+# results, figures and pages with each other. They create .venv on first use.
 #
-# `make gpu` runs all that needs an NVIDIA GPU, for attention a Hopper: the tests of the
-# kernels and implementations, the sweep of attention, the search for the kernels'
-# blocks, and the small matrices. Its parts can be run alone: `make gpu-test`,
-# `gpu-benchmark`, `gpu-blocks`, `gpu-matrices`; `make -k gpu` goes on where one fails.
-# Without a GPU each is an error. .venv gets jax[cuda13] for it, or another with
-# CUDA=cuda12. Where nothing can be installed, BIN=/folder/of/its/python takes an
-# environment that is there and has jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex,
-# pytest and pytest-xdist; what else is missing is skipped with a reason. In little
-# time: TESTS=tests/test_mosaic_gpu.py in `gpu-test`,
+# `make benchmark` and `make test-all` add the libraries that the benchmarks compare with,
+# PyTorch among them. `make compile-table` compiles the TPU kernels without a TPU, for
+# which it downloads libtpu (484 MB); `make compile-table-gpu` compiles the GPU kernels
+# without a GPU, with JAX's CUDA plugin and ptxas.
+#
+# `make gpu` runs what needs an NVIDIA GPU (for attention, a Hopper): the tests of the
+# kernels, the sweep of attention, the search for the kernels' blocks, and the small
+# matrices. Its parts are `gpu-test`, `gpu-benchmark`, `gpu-blocks` and `gpu-matrices`;
+# `make -k gpu` goes on where one fails. Without a GPU each is an error. .venv gets
+# jax[cuda13], or another with CUDA=cuda12. BIN=/folder/of/its/python uses an existing
+# environment instead, which needs jax, jaxtyping, flax, numpy, matplotlib, tqdm, chex,
+# pytest and pytest-xdist; tests that need more are skipped with a reason. When time is
+# short: TESTS=tests/package/attention/mosaic_gpu in `gpu-test`,
 # OPTIONS="--cases 128x128 128x1024 --dtypes bfloat16" in `gpu-benchmark` and
 # `gpu-blocks`, OPTIONS="--sizes 4" in `gpu-matrices`.
 
@@ -24,15 +25,15 @@ PEERS := .venv/installed-peers
 LIBTPU := .venv/libtpu
 COMPILER := .venv/cuda
 CUDA ?= cuda13
-TESTS ?= $(wildcard tests/test_mosaic_gpu*.py) tests/test_small.py \
-    $(patsubst %,tests/test_%.py,sinkhorn attention multi_head streaming)
-# An environment that is not ours stays as it is.
+TESTS ?= tests/package/attention tests/package/matrix tests/package/flax/test_multi_head.py
+# Nothing is installed into an environment that BIN names.
 GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
-.PHONY: demo report test check-results test-all benchmark compile-table compile-table-gpu clean
+.PHONY: demo report test check-results test-all benchmark clean
+.PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
-# What shares a device must not run at once.
+# Programs that share a device must not run at the same time.
 .NOTPARALLEL:
 
 demo: $(INSTALLED)
@@ -52,7 +53,7 @@ test: $(INSTALLED)
 check-results: $(INSTALLED)
 	$(BIN)/python -m pytest tests/results
 
-# With the loops that users get; tests/conftest.py says what `make test` has instead.
+# With XLA's default loops; tests/conftest.py says which ones `make test` uses.
 test-all: $(PEERS)
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest
 
@@ -67,22 +68,22 @@ compile-table-gpu: $(INSTALLED) $(COMPILER)
 
 gpu: gpu-test gpu-benchmark gpu-blocks gpu-matrices
 
-# The warnings of other versions of JAX and NumPy are no failures there, and it is fully
-# optimised code that is to be right.
+# Warnings of other versions of JAX and NumPy are no failures there, and the code under
+# test is fully optimised.
 gpu-test: $(GPU)
 	XLA_FLAGS= $(ON_GPU) -m pytest --platform gpu -W default \
 	    -m "not slow or on_device" $(TESTS)
 
 gpu-benchmark: $(GPU)
-	$(ON_GPU) -m benchmarks --sweeps gpu --no-single-head-memory $(OPTIONS)
+	$(ON_GPU) -m benchmarks --sweeps gpu $(OPTIONS)
 
 gpu-blocks: $(GPU)
-	$(ON_GPU) -m benchmarks.gpu_block_search $(OPTIONS)
+	$(ON_GPU) -m benchmarks gpu_block_search $(OPTIONS)
 
 gpu-matrices: $(GPU)
-	$(ON_GPU) -m benchmarks.matrices --platform gpu $(OPTIONS)
+	$(ON_GPU) -m benchmarks matrices --platform gpu $(OPTIONS)
 
-# Before anything is installed.
+# Checked before anything is installed.
 needs-gpu:
 	@ls /dev/nvidia[0-9]* /dev/dxg 2>/dev/null | grep -q . || { \
 	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
@@ -95,18 +96,18 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,experiments,benchmarks]'
 	touch $@
 
-# Beside the environment and not in it: JAX looks for a TPU wherever it finds libtpu.
+# Outside the environment, because JAX looks for a TPU wherever it finds libtpu.
 $(LIBTPU): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ 'libtpu>=0.0.52'
 	touch $@
 
-# Apart for the same reason, and in one call, because the packages share a folder.
+# Outside the environment too, and in one call, because the packages share a folder.
 $(COMPILER): $(INSTALLED)
 	rm -rf $@
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version \
-	    nvidia-cuda-nvcc-cu12 nvidia-cuda-nvdisasm
+	    nvidia-cuda-nvcc-cu12
 	touch $@
 
 .venv/installed-$(CUDA): $(INSTALLED)

@@ -5,20 +5,20 @@ import importlib.util
 import os
 from contextlib import nullcontext
 
-# Compilation is most of the suite's time. The flags change LLVM's effort and how loops
-# are written for it, not XLA's graph; set XLA_FLAGS, to nothing for instance, to test
-# fully optimised code. The second is the older of two ways to write loops, and compiles
-# in half the time. Later versions may lack it, and XLA ends at a flag it does not know.
+# Most of the suite's time is compilation. The first flag lowers LLVM's effort; the
+# other chooses an older way to emit loops, which compiles in half the time. XLA's graph
+# stays the same. Later versions may lack it, and XLA aborts at a flag that it does not
+# know. Set XLA_FLAGS, for instance to nothing, to test fully optimised code.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
-# On a GPU the processes share its memory.
+# Several test processes share the memory of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Warpgroups of an interpreted GPU kernel wait for each other, each in a thread of XLA's
-# pool. It has one for each core otherwise, and two cores would wait for ever.
+# The warpgroups of an interpreted GPU kernel wait for each other, each in a thread of
+# XLA's pool. With one thread per core, the default, two cores would wait forever.
 os.environ.setdefault("NPROC", "8")
 
 import jax
@@ -26,8 +26,8 @@ import jaxtyping
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-# Shapes and dtypes of every annotated function of the package are checked at each call.
-# Where nothing can be installed, as on borrowed machines with a GPU, they may not be.
+# Checks shapes and dtypes at each call of every annotated function of the package.
+# beartype may be missing where nothing can be installed.
 CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None
 if CHECKS_SHAPES:
     jaxtyping.install_import_hook("sinkhorn_jax", "beartype.beartype")
@@ -38,7 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    text = "What JAX must compute on, such as gpu; an error if it is another."
+    text = "The platform that JAX must compute on, such as gpu."
     parser.addoption("--platform", help=text)
 
 
@@ -65,7 +65,7 @@ def key():
 
 @pytest.fixture
 def unchecked():
-    """Without jaxtyping's checks, which would speak up before the library does."""
+    """Switches off jaxtyping's checks, which would raise before the package does."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -73,18 +73,18 @@ def unchecked():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Tests over the table run kernels where they can, or skip them.
+    """Runs the kernels in tests over a table, or skips them with the reason.
 
-    Those for TPUs in the interpreter on a CPU, those for GPUs on a GPU.
+    Kernels for TPUs are interpreted on a CPU; those for GPUs run on a GPU.
     """
     callspec = getattr(pyfuncitem, "callspec", None)
     name = None if callspec is None else callspec.params.get("implementation")
     if name not in ("mosaic_tpu", "mosaic_gpu"):
         return (yield)
     if name == "mosaic_gpu" and jax.default_backend() != "gpu":
-        pytest.skip("a GPU's kernels are interpreted in tests of their own alone")
+        pytest.skip("kernels for GPUs are interpreted in tests of their own")
     if name == "mosaic_tpu" and jax.default_backend() == "gpu":
-        pytest.skip("a TPU's kernels are interpreted on a CPU")
+        pytest.skip("kernels for TPUs are interpreted on a CPU")
     interpret = name == "mosaic_tpu"
     params = pltpu.InterpretParams()
     try:

@@ -1,3 +1,5 @@
+"""The peers: they compute the same, and say why where they cannot."""
+
 import importlib.util
 import types
 
@@ -5,17 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import peers as _peers
-from benchmarks import programs as _programs
-from benchmarks.harness import accuracy as _accuracy
-from benchmarks.harness import cases as _cases
-from benchmarks.harness import limits as _limits
-from benchmarks.harness import program as _program
+from benchmarks import peers, programs
+from benchmarks.harness import accuracy, cases, limits
+from benchmarks.harness.program import MODES
 from benchmarks.peers import PEERS
 
 # float64, and matrices of 24 x 24: what is left is rounding.
 ATOL = 1e-12
-CASE = _cases.Case(2, 24, head_dim=8, dtype="float64", num_iters=3)
+CASE = cases.Case(2, 24, head_dim=8, dtype="float64", num_iters=3)
 
 
 def measured(name, case, mode):
@@ -23,18 +22,18 @@ def measured(name, case, mode):
     reason = PEERS[name].why_not(case, mode)
     if reason is not None:
         pytest.skip(reason)
-    program = _programs.build(name, case, mode)
-    arguments = program.prepare(_cases.inputs(case))
+    program = programs.build(name, case, mode)
+    arguments = program.prepare(cases.inputs(case))
     outputs = program.to_numpy(program.call(*arguments))
-    oracle = case
-    if not _programs.is_sinkhorn(name):
-        oracle = _cases.Case(case.heads, case.tokens, case.head_dim, case.dtype, 0)
+    exact = case
+    if not programs.is_sinkhorn(name):
+        exact = cases.Case(case.heads, case.tokens, case.head_dim, case.dtype, 0)
     for x in jax.tree.leaves(outputs):
         assert x.shape == case.shape_btnh
-    return _accuracy.error(case, mode, outputs, _accuracy.expected(oracle))
+    return accuracy.error(case, mode, outputs, accuracy.expected(exact))
 
 
-@pytest.mark.parametrize("mode", _program.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [x for x in PEERS if x != "ott_implicit"])
 def test_peers_compute_what_we_compute(name, mode):
     assert measured(name, CASE, mode) < ATOL
@@ -44,7 +43,7 @@ def test_implicit_peer_differentiates_the_fixed_point():
     assert measured("ott_implicit", CASE, "forward") < ATOL
     mode = "forward_backward"
     early, late = (
-        measured("ott_implicit", _cases.Case(2, 24, 8, "float64", num), mode)
+        measured("ott_implicit", cases.Case(2, 24, 8, "float64", num), mode)
         for num in (1, 60)
     )
     assert early > 1e-4
@@ -56,7 +55,7 @@ HALF = "cudnn_softmax", "torch_softmax", "torch_sinkhorn", "pot"
 
 @pytest.mark.parametrize("name", HALF)
 def test_peers_take_half_precision(name):
-    case = _cases.Case(1, 64, 64, "bfloat16", 1)
+    case = cases.Case(1, 64, 64, "bfloat16", 1)
     # 8 bits of mantissa in the results.
     assert measured(name, case, "forward_backward") < 2e-2
 
@@ -67,14 +66,14 @@ def test_absent_peers_say_so(name, monkeypatch):
     reason = f"{PEERS[name].package} is not installed"
     assert PEERS[name].why_not(CASE, "forward").startswith(reason)
     with pytest.raises(NotImplementedError, match=reason):
-        _programs.build(name, CASE, "forward")
+        programs.build(name, CASE, "forward")
 
 
 @pytest.mark.parametrize("name", ["ott_unrolled", "ott_implicit", "pot"])
 def test_solvers_without_iterations_say_so(name):
     if importlib.util.find_spec(PEERS[name].imported) is None:
         pytest.skip(f"{PEERS[name].package} is not installed")
-    case = _cases.Case(1, 16, num_iters=0)
+    case = cases.Case(1, 16, num_iters=0)
     assert "nothing for its solver to do" in PEERS[name].why_not(case, "forward")
 
 
@@ -100,29 +99,29 @@ def test_cudnn_is_for_nvidia_and_half_precision(
     backend = types.SimpleNamespace(
         platform=platform, platform_version=f"PJRT C API\n{version}"
     )
-    module = PEERS["cudnn_softmax"]._load()
+    module = PEERS["cudnn_softmax"].load()
     monkeypatch.setattr(module, "get_backend", lambda: backend)
-    case = _cases.Case(1, 64, dtype=dtype)
+    case = cases.Case(1, 64, dtype=dtype)
     reason = PEERS["cudnn_softmax"].why_not(case, "forward")
     assert reason is None if says is None else says in reason
 
 
 def test_a_broken_peer_is_not_taken_for_an_absent_one(monkeypatch):
-    peer = _peers.Peer("numpy", "numpy", "_no_such_module", "softmax")
-    with pytest.raises(ModuleNotFoundError, match="_no_such_module"):
+    peer = peers.Peer("numpy", "numpy", "no_such_module", "softmax")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         peer.why_not(CASE, "forward")
 
 
 @pytest.mark.parametrize("name", ["torch_sinkhorn", "pot"])
-@pytest.mark.parametrize("mode", _program.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_estimates_are_of_the_size_of_what_is_needed(name, mode, monkeypatch):
     if importlib.util.find_spec(PEERS[name].imported) is None:
         pytest.skip(f"{PEERS[name].package} is not installed")
     estimates = []
-    monkeypatch.setattr(_limits, "check_memory", lambda x, *_: estimates.append(x))
-    case = _cases.Case(1, 768, head_dim=8, num_iters=2)
+    monkeypatch.setattr(limits, "check_memory", lambda x, *_: estimates.append(x))
+    case = cases.Case(1, 768, head_dim=8, num_iters=2)
     program = PEERS[name].build(case, mode)
-    arguments = program.prepare(_cases.inputs(case))
+    arguments = program.prepare(cases.inputs(case))
     program.call(*arguments)  # Compiles what is compiled.
     peak = program.measure_peak(lambda: program.call(*arguments))
     if peak is None:

@@ -1,4 +1,4 @@
-"""What the package needs to be imported, and what its front page promises."""
+"""What importing the package needs, and what its README promises."""
 
 import os
 import pathlib
@@ -138,11 +138,11 @@ def test_what_a_gpu_is_needed_for_runs_in_an_environment_that_is_there():
         text=True,
         check=True,
         cwd=ROOT,
-        # Nothing of a `make` that runs the tests.
+        # Without the variables of a `make` that runs the tests.
         env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
     )
     commands = ["pytest --platform gpu", "benchmarks --sweeps gpu"]
-    commands += ["benchmarks.gpu_block_search", "benchmarks.matrices --platform gpu"]
+    commands += ["benchmarks gpu_block_search", "benchmarks matrices --platform gpu"]
     lines = done.stdout.replace("\\\n", " ").splitlines()
     assert len(lines) == len(commands)
     for line, command in zip(lines, commands, strict=True):

@@ -1,26 +1,28 @@
-"""What stands in for the training of the digits' encoders, so that wiring is tested."""
+"""Replaces the training of the digits' encoders, to test what the questions do."""
 
 import numpy as np
 
-from experiments.networks import digits as digit_encoders
+from experiments.networks.digits import Encoders
 
 
 def install(monkeypatch, measure):
-    """Replaces training by naming it, and what is measured by what `measure` says.
+    """Replaces training and evaluation by `measure`.
 
-    `measure(model, trained)` gives the residual, entropy and accuracy of parameters
-    trained with the encoder `trained`, None for the initial ones, in that of `model`.
-    Seed k has k tenths more of each.
+    `measure(model, trained)` returns residual, entropy and accuracy in the encoder
+    `model` of parameters that were trained with the encoder `trained`, which is None
+    for initial parameters. Seed k gets k tenths more of each.
     """
 
-    def train(setup, model, params, data, on_step):
-        assert params == ("params", setup.patch_size, None)
-        return ("params", setup.patch_size, model), [0.5] * len(setup.seeds)
+    def init(self, setup):
+        self.setup, self.initial = setup, None
 
-    def evaluate(setup, model, params, data):
-        _, patch_size, trained = params
-        assert patch_size == setup.patch_size == model.patch_size
-        offset = np.arange(len(setup.seeds)) / 10
+    def train(self, model):
+        return model, [0.5] * len(self.setup.seeds)
+
+    def evaluate(self, model, trained):
+        assert model.patch_size == self.setup.patch_size
+        assert trained is None or trained.patch_size == self.setup.patch_size
+        offset = np.arange(len(self.setup.seeds)) / 10
         residual, entropy, accuracy = (
             value + offset for value in measure(model, trained)
         )
@@ -33,9 +35,6 @@ def install(monkeypatch, measure):
             "test_accuracy": accuracy.tolist(),
         }
 
-    monkeypatch.setattr(digit_encoders, "digits", lambda setup: None)
-    monkeypatch.setattr(
-        digit_encoders, "init", lambda setup, data: ("params", setup.patch_size, None)
-    )
-    monkeypatch.setattr(digit_encoders, "train", train)
-    monkeypatch.setattr(digit_encoders, "evaluate", evaluate)
+    monkeypatch.setattr(Encoders, "__init__", init)
+    monkeypatch.setattr(Encoders, "train", train)
+    monkeypatch.setattr(Encoders, "evaluate", evaluate)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def hostile_logits(n, seed=0):
-    """Finite (n, n) float32 matrices of logits."""
+    """Finite (n, n) float32 matrices of logits by name."""
     rng = np.random.default_rng(seed)
 
     def noise(std=1.0):
@@ -29,7 +29,7 @@ def hostile_logits(n, seed=0):
         "rank one": 10 * np.outer(rng.normal(size=n), rng.normal(size=n)),
         "column offsets of 400": noise() + rng.uniform(-400, 400, size=(1, n)),
         "row offsets of 400": noise() + rng.uniform(-400, 400, size=(n, 1)),
-        # The mass must cross entries that the linear domain cannot hold.
+        # The mass must cross entries that the linear domain cannot represent.
         "0 on a cross, -120 elsewhere": cross,
         "lower triangle, -90 above": np.where(np.tri(n) > 0, noise(), -90.0),
         "one entry at +300": spike,

@@ -1,4 +1,4 @@
-"""What the tests of all attention kernels do alike: operands, a step, a comparison."""
+"""Operands, forward and backward pass, and a comparison, for tests of kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def exact(arrays):
 
 
 def step(implementation, **options):
-    """Output, marginal error, and gradients by query, key and value."""
+    """A function that returns output, marginal error and the operands' gradients."""
 
     def attend(query, key, value):
         return sinkhorn_attention(
@@ -42,7 +42,7 @@ def step(implementation, **options):
 
 
 def assert_close(got, expected, rtol):
-    """Each array relative to its largest magnitude; the marginal error as it is."""
+    """Compares arrays relative to their largest magnitude, and marginal errors."""
 
     def error(x, y):
         return abs(x.astype("float64") - np.asarray(y)).max() / abs(y).max()

@@ -1,6 +1,6 @@
-"""Sinkhorn and Sinkhorn attention in NumPy float64, as plainly as they can be written.
+"""Sinkhorn and Sinkhorn attention in NumPy float64, written as plainly as possible.
 
-Imports nothing from the package: it is what the package is held against.
+The tests compare the package with it, so it imports nothing from the package.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ def logsumexp(x, axis):
 
 
 def marginals(logits, a=None, b=None):
-    """Defaults filled in and padding set to 0."""
+    """Both marginals, with defaults filled in and 0 for padding."""
     rows, cols = (logits > -np.inf).any(-1), (logits > -np.inf).any(-2)
     if a is None and b is None:
         a = np.ones(logits.shape[:-1])
@@ -30,7 +30,7 @@ def marginals(logits, a=None, b=None):
 
 
 def potentials(logits, num_iters, a=None, b=None, finish="rows"):
-    """f, g and the marginal error, one matrix or a batch of them."""
+    """f, g and the marginal error of one matrix or a batch."""
     logits = np.asarray(logits, np.float64)
     a, b = marginals(logits, a, b)
     rows, cols = (logits > -np.inf).any(-1), (logits > -np.inf).any(-2)
@@ -84,7 +84,7 @@ def attention_logits(
 def sinkhorn_attention(
     query, key, value, num_iters=10, finish="rows", keep=1.0, **logits_options
 ):
-    """Output (B, T, N, D); `keep` multiplies the plan, as dropout does."""
+    """The output (B, T, N, D); `keep` multiplies the plan, as dropout does."""
     logits = attention_logits(query, key, **logits_options)
     plan = sinkhorn(logits, num_iters, finish=finish) * keep
     value = np.asarray(value, np.float64)

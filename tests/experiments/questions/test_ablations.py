@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import matplotlib.image
 import numpy as np
@@ -10,10 +9,9 @@ import pytest
 
 from experiments.networks import reviews as review_networks
 from experiments.networks.measures import FLOAT32_FLOOR
-from experiments.networks.reviews import Setting
+from experiments.networks.reviews import Grid
 from experiments.questions import ablations
 
-ROOT = pathlib.Path(__file__).parents[3]
 DEPTH = 3
 SEEDS = (0, 1, 2)
 
@@ -49,22 +47,21 @@ def trained(monkeypatch):
     """The cases that were trained, in order; training itself is made up."""
     done = Trained()
 
-    def train_and_measure(case, setting, dataset, on_step):
+    def train_and_measure(case, grid, data):
         if len(done) == done.limit:
             raise KeyboardInterrupt
         done.append(case)
-        for _ in range(setting.num_steps):
-            on_step()
         last = residual_of(case) * np.array([0.99, 1.0, 1.01])
-        return dataclasses.asdict(case) | {
-            "train_accuracy": [0.5] * len(setting.seeds),
+        return case._asdict() | {
+            "train_accuracy": [0.5] * len(grid.seeds),
             "init": phase(last / 2),
             "trained": phase(last),
         }
 
     monkeypatch.setattr(review_networks, "train_and_measure", train_and_measure)
-    monkeypatch.setattr(Setting, "reviews", lambda self: None)
-    monkeypatch.setattr(Setting, "max_entropy", lambda self, dataset: 4.0)
+    monkeypatch.setattr(Grid, "reviews", lambda self, *sizes: None)
+    monkeypatch.setattr(Grid, "measured", lambda self, data: None)
+    monkeypatch.setattr(ablations, "max_entropy", lambda measured: 4.0)
     return done
 
 
@@ -124,7 +121,7 @@ def test_an_empty_file_is_computed_again(config, trained):
     trained.limit = 1
     with pytest.raises(KeyboardInterrupt):
         ablations.run(config)
-    (cell,) = (config.output / "cells").iterdir()
+    (cell,) = (config.output / "cells").glob("*.json")
     cell.write_text("")
     trained.limit = None
     assert len(ablations.run(config)["runs"]) == 24
@@ -194,12 +191,6 @@ def test_a_claim_of_every_normaliser_needs_every_one(config, trained, monkeypatc
     # At the floor of rounding with and without: no difference, so none is seen.
     assert found[skips]["verdict"] == "undecided"
     assert "supported for 2 of 3 normalisers" in found[skips]["text"]
-
-
-def test_the_committed_findings_are_those_of_the_committed_networks():
-    path = ablations.Config().output / "ablations.json"
-    result = json.loads((ROOT / path).read_text())
-    assert ablations.findings(result) == result["findings"]
 
 
 @pytest.mark.parametrize(

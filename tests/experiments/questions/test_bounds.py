@@ -6,7 +6,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import __main__ as command
 from experiments.questions import bounds
 
 SMALL = dict(
@@ -58,10 +57,3 @@ def test_bad_options_are_refused():
         bounds.Config(width=9)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         bounds.Config(depth=0)
-
-
-def test_command_line(monkeypatch):
-    configs = []
-    monkeypatch.setattr(bounds, "run", configs.append)
-    command.main(["bounds", "--depth", "3"])
-    assert configs == [bounds.Config(depth=3)]

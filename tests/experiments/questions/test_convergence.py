@@ -8,10 +8,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import __main__ as command
-from experiments.networks import attention_logits as convergence_trained
+from experiments.data import Examples
 from experiments.networks import ensemble
-from experiments.networks.encoder import Encoder
+from experiments.networks.encoder import Encoder, apply_with_plans
+from experiments.networks.measures import attention_logits
 from experiments.questions import convergence
 from sinkhorn_jax import sinkhorn
 
@@ -118,21 +118,20 @@ def test_networks_before_and_after_training(trained):
 def test_the_logits_are_those_of_the_attention():
     model = Encoder(vocab_size=9, seq_len=7, depth=2, width=8, num_heads=2, num_iters=3)
     words = np.random.default_rng(0).integers(2, 9, size=(3, 7), dtype=np.int32)
-    params = ensemble.init(model, (0, 1), 7)
+    texts = Examples(inputs=words, lengths=np.full(3, 7, np.int32), labels=words[:, 0])
+    params = ensemble.init(model, (0, 1), texts)
     # LayerNorm starts as the identity, under which a wrong scale would go unseen.
     noise = np.random.default_rng(1)
     params["layers"]["LayerNorm_0"] = {
         name: np.float32(noise.normal(1.0, 0.5, x.shape))
         for name, x in params["layers"]["LayerNorm_0"].items()
     }
-    logits = convergence_trained.attention_logits(model, params, words, 5)
+    logits = attention_logits(model, params, words[:, :5])
     assert logits.shape == (2, 2 * 3 * 2, 5, 5)
     for seed in (0, 1):
         one = jax.tree.map(lambda x, s=seed: x[s], params)
         lengths = jnp.full(3, 5, jnp.int32)
-        _, (_, plans, _) = model.apply(
-            {"params": one}, words[:, :5], lengths, with_plans=True
-        )
+        _, (_, plans, _) = apply_with_plans(model, one, words[:, :5], lengths)
         expected = sinkhorn(jnp.asarray(logits[seed]), 3)
         np.testing.assert_allclose(plans.reshape(-1, 5, 5), expected, atol=2e-6)
 
@@ -140,26 +139,19 @@ def test_the_logits_are_those_of_the_attention():
 def test_too_few_long_reviews_are_refused():
     config = convergence.Config(**TINY | {"num_measured": 300})
     with pytest.raises(ValueError, match=r"num_measured must be at most \d+, .* 300"):
-        next(convergence_trained.networks(config, lambda: None))
+        config.long_reviews(32, config.num_measured)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_iters": 50}, "num_iters must exceed enough = 50, got 50"),
-        ({"timed_iters": (5,)}, "timed_iters hold 0"),
-        ({"deviations": (0.0,)}, "deviations must be > 0"),
-        ({"learning_rates": ()}, "learning_rates must be > 0 and some"),
+        ({"timed_iters": (5,)}, "timed_iters must hold 0"),
+        ({"deviations": (0.0,)}, "deviations must be positive"),
+        ({"learning_rates": ()}, "learning_rates must be distinct, at least one"),
         ({"num_tokens": (1,)}, "num_tokens must be at least 2"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         convergence.Config(**options)
-
-
-def test_command_line(monkeypatch):
-    configs = []
-    monkeypatch.setattr(convergence, "run", configs.append)
-    command.main(["convergence", "--enough", "20"])
-    assert configs == [convergence.Config(enough=20)]

@@ -6,17 +6,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import __main__ as command
-from experiments.evidence import answer
+from experiments.networks.options import Network
 from experiments.networks.pure_attention import Weights, follow, random_problem
 from experiments.questions import doubly_exponential
 
 
 @pytest.mark.parametrize("num_iters", [0, 2])
 def test_small_residuals_have_the_factor_of_the_cubic_law(num_iters):
-    x, weights = random_problem(
-        0, depth=1, num_tokens=6, width=4, num_heads=2, token_scale=1e-4
-    )
+    x, weights = random_problem(0, 6, Network(depth=1, width=4, num_heads=2), 1e-4)
     before, after = follow(x, weights, num_iters)
     factor = np.exp(after.log_scale - 3 * before.log_scale)
     layer = Weights(*(w[0] for w in weights))
@@ -65,23 +62,3 @@ def test_a_whole_run(tmp_path, capsys):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         doubly_exponential.Config(**options)
-
-
-def test_findings_have_the_verdict_of_their_interval():
-    values = [1.0, 2.0, 3.0]  # 2 +- 4.303 / sqrt(3), of Student's t.
-    mean, width = answer.interval(values)
-    np.testing.assert_allclose((mean, width), (2.0, 4.302653 / 3**0.5), rtol=1e-6)
-    verdict = lambda **k: answer.finding("claim", "it", values, **k)["verdict"]
-    assert verdict(low=-1) == "supported"
-    assert verdict(low=1) == "undecided"
-    assert verdict(low=5) == "not supported"
-    assert verdict(high=-1) == "not supported"
-    assert answer.finding("claim", "it", [1.0], low=0.0)["verdict"] == "undecided"
-    assert answer.interval([3.0]) == (3.0, None)
-
-
-def test_command_line(monkeypatch):
-    configs = []
-    monkeypatch.setattr(doubly_exponential, "run", configs.append)
-    command.main(["doubly_exponential", "--depth", "12"])
-    assert configs == [doubly_exponential.Config(depth=12)]

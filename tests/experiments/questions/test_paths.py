@@ -7,13 +7,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments import __main__ as command
-from experiments.networks.pure_attention import random_problem
+from experiments.networks.options import Network
+from experiments.networks.pure_attention import normalise, random_problem
 from experiments.questions import paths
 
 
 def test_paths_add_up_to_the_network():
-    x, weights = random_problem(0, depth=3, num_tokens=5, width=4, num_heads=2)
+    x, weights = random_problem(0, 5, Network(depth=3, width=4, num_heads=2))
     _, plans, by_length = paths.decompose(x, weights, 2)
     w = np.einsum("ldnh,lnhe->lnde", weights.value, weights.out)
     y = x
@@ -47,7 +47,7 @@ def test_residual_of_products():
 def test_plans_are_normalised():
     logits = np.random.default_rng(0).normal(size=(2, 5, 5))
     for num_iters, atol in ((0, None), (100, 1e-12)):
-        plan = paths.normalise(logits, num_iters)
+        plan = normalise(logits, num_iters)
         np.testing.assert_allclose(plan.sum(axis=-1), 1)
         if atol:
             np.testing.assert_allclose(plan.sum(axis=-2), 1, atol=atol)
@@ -84,10 +84,3 @@ def test_bad_options_are_refused():
         paths.Config(width=9)
     with pytest.raises(ValueError, match="num_paths must be at least 1, got 0"):
         paths.Config(num_paths=0)
-
-
-def test_command_line(monkeypatch):
-    configs = []
-    monkeypatch.setattr(paths, "run", configs.append)
-    command.main(["paths", "--depth", "4"])
-    assert configs == [paths.Config(depth=4)]

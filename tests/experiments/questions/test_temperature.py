@@ -72,8 +72,9 @@ def test_entropies_that_are_not_enclosed_decide_nothing(run):
     ("options", "message"),
     [
         ({"num_iters": 0}, "num_iters must be at least 1"),
-        ({"factors": (1.0,)}, "factors must be positive and increasing"),
-        ({"factors": (0.0, 1.0)}, "factors must be positive and increasing"),
+        ({"factors": (1.0,)}, "factors must hold 1, plain softmax, and another"),
+        ({"factors": (0.0, 1.0)}, "factors must be positive"),
+        ({"factors": (1.0, 0.5)}, "factors must be increasing"),
         ({"factors": (0.5, 2.0)}, "factors must hold 1"),
     ],
 )

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from support import kernel_steps, reference
+from support.attention_cases import with_logits
 from support.hostile import hostile_logits
 from support.kernel_steps import assert_close, exact, operands
+from support.lowering import lowered_for, on_tpu
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS
-from sinkhorn_jax.attention._mosaic_tpu import attend as _mosaic_tpu
-from sinkhorn_jax.attention._mosaic_tpu import forward as _mosaic_tpu_forward
+from sinkhorn_jax.attention._mosaic_tpu import attend as mosaic_tpu
+from sinkhorn_jax.attention._mosaic_tpu import forward
 from sinkhorn_jax.attention._mosaic_tpu.blocks import (
     Blocks,
     default_blocks,
@@ -31,24 +33,24 @@ from sinkhorn_jax.attention._problem import Problem
 # the plan and its gradient are rounded to 8 bits before they are multiplied.
 RTOL = {"float32": 5e-6, "bfloat16": 1e-2}
 
-regimes = pytest.mark.parametrize("regime", ["resident", "strip"])
+regimes = pytest.mark.parametrize("regime", ["resident", "streamed"])
 
 
 @pytest.fixture
 def in_regime(monkeypatch):
-    """Sets the regime, and strips of 16 rows so that there are several."""
+    """Sets the regime, with several query blocks of 16 rows."""
 
     def set_regime(regime):
         def blocks(problem, direction):
             del direction
             return Blocks(
                 rows=16,
-                num_strips=-(-problem.t // 16),
+                num_blocks=-(-problem.t // 16),
                 cols=round_up(problem.s, 128),
                 is_resident=regime == "resident",
             )
 
-        monkeypatch.setattr(_mosaic_tpu, "default_blocks", blocks)
+        monkeypatch.setattr(mosaic_tpu, "default_blocks", blocks)
         jax.clear_caches()
 
     yield set_regime
@@ -83,10 +85,10 @@ LENGTHS = {
 @pytest.mark.parametrize(
     ("regime", "options"),
     [
-        ("strip", {"num_iters": 0}),
+        ("streamed", {"num_iters": 0}),
         ("resident", {"num_iters": 1}),
         ("resident", LENGTHS),
-        ("strip", LENGTHS),
+        ("streamed", LENGTHS),
     ],
     ids=str,
 )
@@ -118,13 +120,12 @@ def test_bfloat16(in_regime, interpreted):
 
 
 def test_hostile_logits(in_regime, interpreted):
-    """Through one-hot queries, whose logits are the keys; some move the base."""
+    """Some of them make the base absorb the scalings."""
     in_regime("resident")
     n, num_iters = 18, 8
     named = hostile_logits(n)
     logits = jnp.stack([jnp.asarray(x) for x in named.values()])
-    query = jnp.broadcast_to(jnp.eye(n, dtype="float32"), logits.shape)[:, :, None]
-    key = jnp.swapaxes(logits, 1, 2)[:, :, None]
+    query, key = with_logits(logits)
     value = jax.random.normal(jax.random.key(3), (*logits.shape[:2], 1, 4), "float32")
     arrays = query, key, value, jnp.sin(9 * value)
     got = interpreted(step(num_iters=num_iters, scale=1.0), *arrays)
@@ -141,15 +142,15 @@ def test_hostile_logits(in_regime, interpreted):
 
 
 def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatch):
-    in_regime("strip")
-    monkeypatch.setattr(_mosaic_tpu_forward, "MAX_DRIFT", 0.0)
+    in_regime("streamed")
+    monkeypatch.setattr(forward, "MAX_DRIFT", 0.0)
     arrays = operands(33, 20, b=1, scale=3.0)
     got = interpreted(step(num_iters=4), *arrays)
     assert_close(got, step("reference", num_iters=4)(*exact(arrays)), RTOL["float32"])
 
 
 def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
-    in_regime("strip")
+    in_regime("streamed")
     arrays = operands(20, 7, b=1, k=2)
     lengths = jnp.array([[20], [9]])
 
@@ -185,13 +186,11 @@ def test_an_empty_axis_of_vmap(interpreted):
 
 @pytest.mark.parametrize("num_iters", [0, 2])
 def test_shard_map_lowers_with_its_checks_of_what_varies(num_iters):
-    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.sharding.PartitionSpec("b")
     sharded = jax.shard_map(
         functools.partial(
             sinkhorn_attention, num_iters=num_iters, implementation="mosaic_tpu"
         ),
-        mesh=mesh,
         in_specs=batch,
         out_specs=batch,
     )
@@ -201,12 +200,12 @@ def test_shard_map_lowers_with_its_checks_of_what_varies(num_iters):
         out, pull_back = jax.vjp(sharded, *arrays)
         return out, pull_back(cotangent)
 
-    program = jax.jit(pull_back).trace(*arrays).lower(lowering_platforms=("tpu",))
-    assert program.as_text().count("@tpu_custom_call") == 2
+    text = lowered_for("tpu", pull_back, *arrays, axis="b")
+    assert text.count("@tpu_custom_call") == 2
 
 
 def test_shard_map(in_regime, interpreted):
-    in_regime("strip")
+    in_regime("streamed")
     arrays = operands(20, 7, b=1)
     mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.sharding.PartitionSpec("b")
@@ -222,13 +221,13 @@ def test_shard_map(in_regime, interpreted):
 @regimes
 def test_lowers_for_tpu(monkeypatch, dtype, tokens, regime):
     monkeypatch.setattr(
-        _mosaic_tpu, "default_blocks", functools.partial(default_blocks, regime=regime)
+        mosaic_tpu, "default_blocks", functools.partial(default_blocks, regime=regime)
     )
     jax.clear_caches()
     shapes = (1, tokens, 2, 64), (1, tokens, 1, 64), (1, tokens, 1, 64)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in (*shapes, shapes[0])]
-    program = jax.jit(step()).trace(*arrays).lower(lowering_platforms=("tpu",))
-    text = program.as_text()
+    # The largest resident matrices need more VMEM than a v4 has.
+    text = lowered_for("tpu", step(), *arrays, kind="TPU v6 lite")
     assert text.count("@tpu_custom_call") == 2, "One kernel forward and one backward."
     jax.clear_caches()
 
@@ -237,16 +236,8 @@ def test_lowers_for_tpu(monkeypatch, dtype, tokens, regime):
 def test_lowers_with_a_dimension_of_one(h, d):
     shapes = (1, 9, 1, h), (1, 5, 1, h), (1, 5, 1, d), (1, 9, 1, d)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    program = jax.jit(step(num_iters=2)).trace(*arrays)
-    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    text = lowered_for("tpu", step(num_iters=2), *arrays)
     assert text.count("@tpu_custom_call") == 2
-
-
-def traced_for(kind):
-    """Tracing for a TPU that is not there."""
-    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 # 4096 keys of dimension 256 in float32: compiled, the kernels take 18 and 19 MiB.
@@ -254,7 +245,7 @@ TOO_LONG = [jax.ShapeDtypeStruct((1, 4096, 2, 256), jnp.float32)] * 4
 
 
 def test_refuses_what_vmem_cannot_hold():
-    with traced_for("TPU v4"), pytest.raises(NotImplementedError) as error:
+    with on_tpu("TPU v4"), pytest.raises(NotImplementedError) as error:
         jax.eval_shape(step(), *TOO_LONG)
     for part in (
         "forward kernel holds all keys and values of a head in VMEM",
@@ -263,7 +254,7 @@ def test_refuses_what_vmem_cannot_hold():
         "num_iters=10.*'streaming'",
     ):
         assert re.search(part, str(error.value))
-    with traced_for("TPU v5 lite"):
+    with on_tpu("TPU v5 lite"):
         jax.eval_shape(step(), *TOO_LONG)
     jax.eval_shape(step(), *TOO_LONG)  # No TPU is known.
 
@@ -271,7 +262,7 @@ def test_refuses_what_vmem_cannot_hold():
 def test_refuses_the_backward_pass_alone():
     arrays = [jax.ShapeDtypeStruct((1, 8192, 2, 128), jnp.bfloat16)] * 4
     attend = functools.partial(sinkhorn_attention, implementation="mosaic_tpu")
-    with traced_for("TPU v4"):
+    with on_tpu("TPU v4"):
         jax.eval_shape(attend, *arrays[:3])
         with pytest.raises(NotImplementedError, match=r"backward kernel.* 16 MiB"):
             jax.eval_shape(step(), *arrays)

@@ -1,4 +1,4 @@
-"""`implementation="streaming"`: memory, strips, repeats, and agreement at full size."""
+"""`implementation="streaming"`: memory, query blocks, repeats, agreement."""
 
 import dataclasses
 import re
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.attention_cases import with_logits
 from support.hostile import hostile_logits
 
 from sinkhorn_jax import Implicit, Truncated, sinkhorn_attention
@@ -15,16 +16,14 @@ from sinkhorn_jax._core.options import Options
 from sinkhorn_jax._runtime.dispatch import preferred
 from sinkhorn_jax.attention import IMPLEMENTATIONS, _heads
 from sinkhorn_jax.attention._problem import Problem
-from sinkhorn_jax.attention._streaming import attend as _streaming
-from sinkhorn_jax.attention._streaming import backward as _streaming_backward
-from sinkhorn_jax.attention._streaming import forward as _streaming_forward
-from sinkhorn_jax.attention._streaming import strips as _strips
+from sinkhorn_jax.attention._streaming import attend as streaming
+from sinkhorn_jax.attention._streaming import backward, forward, query_blocks
 
 MIB = 2**20
 
 
 def step(implementation="streaming", **options):
-    """Output, marginal error and all gradients."""
+    """A function that returns output, marginal error and all gradients."""
 
     def attend(query, key, value, bias):
         return sinkhorn_attention(
@@ -63,7 +62,7 @@ def arrays(t, s, dtype="float32", b=1, n=2, k=1, h=16, d=8, scale=1.0):
 
 
 def assert_close(got, expected, rtol):
-    """Each array relative to its largest magnitude; the marginal error as it is."""
+    """Compares arrays relative to their largest magnitude, and marginal errors."""
 
     def error(x, y):
         x, y = (np.asarray(x).astype("float64") for x in (x, y))
@@ -75,7 +74,7 @@ def assert_close(got, expected, rtol):
 
 
 def largest_array(program):
-    """Elements of the largest array in the optimised program, fused ones too."""
+    """Elements of the largest array in the optimised program, fused arrays included."""
     shapes = re.findall(r"\b[a-z]+[0-9]+\[([0-9,]+)\]", program.as_text())
     return max(np.prod([int(n) for n in shape.split(",")]) for shape in set(shapes))
 
@@ -91,7 +90,7 @@ def largest_array(program):
 )
 def test_no_array_of_size_t_times_s(options):
     t = 4096
-    # A strip, and the queries, are the largest: a sixteenth of T * S or less.
+    # The largest are a query block, and the queries: a sixteenth of T * S or less.
     assert largest_array(compiled(t, **options)) <= t * t / 16
 
 
@@ -101,7 +100,7 @@ def test_memory_grows_linearly():
         for t in (4096, 8192, 16384, 32768)
     }
     assert temp[16384] <= 64 * MIB
-    # Strips are of constant size; the rest is proportional to T.
+    # Query blocks are of constant size; the rest is proportional to T.
     slope = (temp[8192] - temp[4096]) / 4096
     assert temp[32768] <= temp[4096] + 1.2 * slope * (32768 - 4096)
     assert temp[32768] < 2 * temp[16384]
@@ -153,10 +152,9 @@ def test_repeats_are_bit_identical():
 
 
 def every_hostile_case(n):
-    """One-hot queries, whose logits are the keys, one case for each batch element."""
+    """One case for each batch element."""
     logits = jnp.stack([jnp.asarray(x) for x in hostile_logits(n).values()])
-    query = jnp.broadcast_to(jnp.eye(n, dtype="float32"), logits.shape)[:, :, None]
-    key = jnp.swapaxes(logits, 1, 2)[:, :, None]
+    query, key = with_logits(logits)
     value = jax.random.normal(jax.random.key(3), (*logits.shape[:2], 1, 8), "float32")
     return query, key, value, jnp.sin(9 * value)
 
@@ -169,7 +167,7 @@ def test_heads_that_need_other_paths_beside_some_that_do_not(
     operands = every_hostile_case(n)
     expected = step("scaling", scale=1.0, num_iters=20)(*operands)
     monkeypatch.setattr(
-        _streaming, "layout", lambda problem: _strips.Layout(7, heads_in_flight)
+        streaming, "choose_layout", lambda _: query_blocks.Layout(7, heads_in_flight)
     )
     got = step(scale=1.0, num_iters=20)(*operands)
     # Logits of 400 are rounded to 1.5e-5, and so is what the logarithm of a plan is.
@@ -186,10 +184,12 @@ def test_heads_that_need_other_paths_beside_some_that_do_not(
 def test_paths_for_extreme_logits_agree_on_ordinary_ones(monkeypatch, options):
     operands = arrays(19, 14, dtype="float64")
     expected = step("scaling", num_iters=4, **options)(*operands)
-    monkeypatch.setattr(_strips, "MAX_STRIP_ROWS", 5)
-    monkeypatch.setattr(_streaming_forward, "MAX_DRIFT", 0.0)
-    for module in (_streaming_forward, _streaming_backward):
-        monkeypatch.setattr(module, "mended", lambda _, is_right, instead: instead())
+    monkeypatch.setattr(query_blocks, "MAX_BLOCK_ROWS", 5)
+    monkeypatch.setattr(forward, "MAX_DRIFT", 0.0)
+    for module in (forward, backward):
+        monkeypatch.setattr(
+            module, "with_fallback", lambda _, is_right, instead: instead()
+        )
     got = step(num_iters=4, **options)(*operands)
     chex.assert_trees_all_close(got, expected, atol=1e-13)
 
@@ -252,9 +252,14 @@ def test_implicit_is_refused():
 @pytest.mark.parametrize("s", [1, 77, 30_000])
 def test_layout(monkeypatch, on, t, s):
     monkeypatch.setattr(jax, "default_backend", lambda: on)
-    rows, in_flight = _strips.layout(dataclasses.replace(problem(t, s), num_heads=12))
-    assert 1 <= rows <= min(t, _strips.MAX_STRIP_ROWS)
+    rows, in_flight = query_blocks.choose_layout(
+        dataclasses.replace(problem(t, s), num_heads=12)
+    )
+    assert 1 <= rows <= min(t, query_blocks.MAX_BLOCK_ROWS)
     assert 12 % in_flight == 0
-    limit = _strips.CPU_STRIP_BYTES if on == "cpu" else _strips.ACCELERATOR_STRIP_BYTES
-    assert rows * s * 4 * in_flight <= max(limit, _strips.MIN_STRIP_ROWS * s * 4)
+    limit = {
+        "cpu": query_blocks.CPU_BLOCK_BYTES,
+        "gpu": query_blocks.ACCELERATOR_BLOCK_BYTES,
+    }[on]
+    assert rows * s * 4 * in_flight <= max(limit, query_blocks.MIN_BLOCK_ROWS * s * 4)
     assert (in_flight == 1) or on == "gpu"

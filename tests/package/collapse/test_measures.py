@@ -5,10 +5,11 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from support import collapse_measures
+from support.collapse_measures import entropy
 
 from sinkhorn_jax import collapse
 
@@ -48,27 +49,13 @@ def gradients(x, where=None):
     return jax.jacrev(lambda x: jax.tree.map(jnp.sum, measures(x, where)))(x)
 
 
-def entropy(p):
-    p = p[p > 0] / p.sum()
-    return -(p * np.log(p)).sum()
-
-
 def reference(x):
-    """All measures of one matrix by their definitions, in NumPy and float64."""
-    x = np.asarray(x, np.float64)
-    s = np.linalg.svd(x, compute_uv=False)
-    # Norms of the residual over norms of x.
-    fro, spectral, one, inf = (
-        np.linalg.norm(x - x.mean(axis=0), order) / np.linalg.norm(x, order)
-        for order in ("fro", 2, 1, np.inf)
-    )
+    stable_rank, effective_rank = collapse_measures.ranks(x)
     return {
-        "fro": fro,
-        "spectral": spectral,
-        "1inf": np.sqrt(one * inf),
-        "stable_rank": (s**2).sum() / s[0] ** 2,
-        "effective_rank": np.exp(entropy(s)),
-        "attention_entropy": np.mean([entropy(row) for row in x]),
+        **collapse_measures.relative_residuals(x),
+        "stable_rank": stable_rank,
+        "effective_rank": effective_rank,
+        "attention_entropy": collapse_measures.attention_entropy(x),
     }
 
 
@@ -80,14 +67,6 @@ def with_singular_values(s):
 def tokens(*shape, dtype="float64"):
     # Positive, so that it is a plan as well and every measure takes it.
     return jnp.asarray(np.random.default_rng(1).uniform(0.1, 2.0, shape), dtype)
-
-
-@pytest.fixture
-def unchecked():
-    """Without jaxtyping's checks, which would come before the package's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 EYE = dict(zip(MEASURES, [0.75**0.5, 1.0, 1.5, 4.0, 4.0, 0.0], strict=True))

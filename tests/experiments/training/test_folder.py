@@ -1,0 +1,32 @@
+"""The output folder: which runs may use it."""
+
+import dataclasses
+
+import pytest
+from support.training_runs import tiny
+
+from experiments.training import train
+
+
+def test_a_finished_run_is_read_and_another_folder_is_asked_for(
+    uninterrupted, data_dir
+):
+    folder, result = uninterrupted
+    assert train.run(tiny(folder, data_dir, resume=True)) == result
+    with pytest.raises(FileExistsError, match="Continue it with --resume"):
+        train.run(tiny(folder, data_dir))
+    with pytest.raises(ValueError, match="width 8 -> 16"):
+        train.run(tiny(folder, data_dir, resume=True, width=16))
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_free(tmp_path, data_dir):
+    config = tiny(tmp_path / "run", data_dir, num_measured=0, num_steps=2)
+    with pytest.raises(ValueError, match="num_train"):
+        train.run(dataclasses.replace(config, num_train=10**6))
+    train.run(config)
+
+
+def test_an_unwritable_folder_is_refused(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train.run(tiny(tmp_path / "file" / "run", data_dir))

@@ -1,0 +1,61 @@
+"""Whether README.md and docs/findings.md say what the committed results say."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from experiments.questions import compare
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = ROOT / "README.md"
+FINDINGS = ROOT / "docs" / "findings.md"
+COMPARED = sorted((ROOT / "experiments" / "results" / "compare").glob("*.json"))
+RESULT_LINK = re.compile(r"\]\(((?:\.\./)?experiments/results/[^)]*\.json)\)")
+INTERVAL = re.compile(r"-?[\d.]+ ± [\d.]+")
+
+
+def rows_with_results(page):
+    """Cells of the table rows that link a result, and the findings of that result."""
+    found = []
+    for line in page.read_text().splitlines():
+        if line.startswith("|") and (link := RESULT_LINK.search(line)):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            result = json.loads((page.parent / link[1]).read_text())
+            found.append(pytest.param(cells, result["findings"], id=cells[0]))
+    return found
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 100
+    assert 0 < len(rows_with_results(README)) <= 6
+
+
+@pytest.mark.parametrize(("cells", "findings"), rows_with_results(README))
+def test_readme_shows_intervals_and_verdicts_of_a_committed_finding(cells, findings):
+    _, verdict, measured = cells
+    intervals = INTERVAL.findall(measured)
+    assert intervals
+    assert any(
+        finding["verdict"] == verdict
+        and all(interval in finding["text"] for interval in intervals)
+        for finding in findings
+    )
+
+
+@pytest.mark.parametrize(("cells", "findings"), rows_with_results(FINDINGS))
+def test_findings_are_quoted_from_the_results(cells, findings):
+    _, claim, verdict, measured = cells
+    quoted = {"verdict": verdict, "text": measured}
+    assert [quoted] == [
+        {key: finding[key] for key in quoted}
+        for finding in findings
+        if finding["claim"].rstrip(".") == claim
+    ]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_accuracies_are_those_of_the_results(path):
+    result = json.loads(path.read_text())
+    assert set(compare.table(result)) <= set(FINDINGS.read_text().splitlines())
