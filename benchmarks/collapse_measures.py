@@ -31,7 +31,7 @@ ROUNDS: Final = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Where the result goes."""
+    """Options of the measurement."""
 
     quick: bool = False  # Tiny sizes; a file is written only if `output` is given.
     output: Path | None = None  # A JSON file; None: the machine's own.
@@ -90,7 +90,7 @@ def inputs(
 
 
 def least(hidden_states, plans, residual):
-    """What every computation of all measures contains, layer by layer."""
+    """The decompositions that every computation of all measures contains, by layer."""
 
     def of_layer(layer):
         x, plan, res = layer

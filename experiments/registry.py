@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What `python -m experiments` can run."""
+    """A command of `python -m experiments`."""
 
     module: str  # Inside `experiments`; has `Config`, `QUICK` and `run`.
 

@@ -1,1 +1,1 @@
-"""What compilers say about the kernels, on machines without the device."""
+"""Reports of compilers about the kernels, on machines without the device."""

@@ -1,4 +1,4 @@
-"""What measurements say of a claim: means with intervals, verdicts, findings."""
+"""Claims held against measurements: means with intervals, verdicts, findings."""
 
 import math
 import warnings

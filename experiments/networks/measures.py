@@ -1,4 +1,4 @@
-"""What the layers of the encoders of several seeds do: rank, entropy, logits."""
+"""Rank, attention entropy and logits of each layer, for encoders of several seeds."""
 
 import functools
 from typing import Final

@@ -117,7 +117,7 @@ class Case(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """What surrounds the attention, in words."""
+        """The parts of a layer beside the attention, in words."""
         if (self.has_skip, self.has_mlp, self.layer_norm) == (False, False, "none"):
             return "pure attention"
         skip = "skip" if self.has_skip else "no skip"

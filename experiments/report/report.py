@@ -28,7 +28,7 @@ from . import page
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is on the page, and where it goes."""
+    """The content of the page, and its path."""
 
     questions: tuple[str, ...] = ()  # Names of questions; none given is all.
     # Whether missing results are made with small numbers: the option --quick.

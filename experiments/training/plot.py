@@ -16,7 +16,7 @@ from .metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Which runs, and where the figure goes."""
+    """The runs to draw, and the path of the figure."""
 
     runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = ()
     output: pathlib.Path | None = None  # None is training.png in the first run.

@@ -5,30 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.attention._mosaic_gpu import attend, heuristics, refresh_groups
-from sinkhorn_jax.attention._problem import Problem
 
 # Largest error, relative to the largest entry. The kernels round the plan and its
 # gradient to the dtype of the inputs, 8 or 11 bits, before they are multiplied. float32
 # is for the interpreter only.
 RTOL = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 2e-3}
-
-
-def problem(**changed):
-    fields = {
-        "batch": 1,
-        "t": 256,
-        "s": 256,
-        "num_heads": 1,
-        "num_key_heads": 1,
-        "head_dim": 64,
-        "value_dim": 64,
-        "dtype": jnp.dtype("bfloat16"),
-        "options": Options(10),
-        "scale": 1.0,
-    }
-    return Problem(**fields | changed)
 
 
 def use_blocks(patch, **changed):

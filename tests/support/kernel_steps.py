@@ -5,6 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from sinkhorn_jax import sinkhorn_attention
+from sinkhorn_jax._core.options import Options
+from sinkhorn_jax.attention._problem import Problem
+
+
+def problem(**changed):
+    """A call of 256 x 256 entries in bfloat16, except for these fields."""
+    fields = {
+        "batch": 1,
+        "t": 256,
+        "s": 256,
+        "num_heads": 1,
+        "num_key_heads": 1,
+        "head_dim": 64,
+        "value_dim": 64,
+        "dtype": jnp.dtype("bfloat16"),
+        "options": Options(10),
+        "scale": 1.0,
+    }
+    return Problem(**fields | changed)
 
 
 def operands(t, s, dtype="float32", b=1, n=2, k=1, h=8, d=4, scale=1.0):

@@ -1,4 +1,4 @@
-"""What the builders share: one input and one class of each example."""
+"""The base of the builders: one input and one class of each example."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from support import kernel_steps, reference
 from support.attention_cases import with_logits
 from support.hostile import hostile_logits
-from support.kernel_steps import assert_close, exact, operands
+from support.kernel_steps import assert_close, exact, operands, problem
 from support.lowering import lowered_for, on_tpu
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
@@ -27,7 +27,6 @@ from sinkhorn_jax.attention._mosaic_tpu.blocks import (
     default_blocks,
     round_up,
 )
-from sinkhorn_jax.attention._problem import Problem
 
 # Relative to the largest entry. Float32 as for the other implementations; in bfloat16
 # the plan and its gradient are rounded to 8 bits before they are multiplied.
@@ -277,22 +276,6 @@ def test_refuses_second_derivatives():
 
     with pytest.raises(NotImplementedError, match=r"second derivatives .*'reference'"):
         jax.eval_shape(jax.hessian(loss), query)
-
-
-def problem(**changed):
-    fields = {
-        "batch": 1,
-        "t": 256,
-        "s": 256,
-        "num_heads": 1,
-        "num_key_heads": 1,
-        "head_dim": 64,
-        "value_dim": 64,
-        "dtype": jnp.dtype("bfloat16"),
-        "options": Options(10),
-        "scale": 1.0,
-    }
-    return Problem(**fields | changed)
 
 
 @pytest.mark.parametrize(

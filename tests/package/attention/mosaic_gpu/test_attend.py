@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.gpu_attention import RTOL, lengths, problem
-from support.kernel_steps import exact, operands, step
+from support.gpu_attention import RTOL, lengths
+from support.kernel_steps import exact, operands, problem, step
 
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax._core.options import Options

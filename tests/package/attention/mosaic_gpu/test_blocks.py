@@ -5,7 +5,7 @@ import itertools
 
 import jax.numpy as jnp
 import pytest
-from support.gpu_attention import problem
+from support.kernel_steps import problem
 
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.attention._mosaic_gpu.blocks import TILE, Blocks, WarpgroupConfig

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.gpu_attention import problem, use_blocks
+from support.gpu_attention import use_blocks
 from support.hostile import hostile_logits
-from support.kernel_steps import exact, step
+from support.kernel_steps import exact, problem, step
 
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.attention._mosaic_gpu.heuristics import default_blocks

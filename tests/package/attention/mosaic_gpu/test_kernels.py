@@ -8,14 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.gpu_attention import (
-    RTOL,
-    lengths,
-    problem,
-    refresh_kernels_every,
-    use_blocks,
-)
-from support.kernel_steps import assert_close, exact, operands
+from support.gpu_attention import RTOL, lengths, refresh_kernels_every, use_blocks
+from support.kernel_steps import assert_close, exact, operands, problem
 from support.kernel_steps import step as step_of
 
 from sinkhorn_jax.attention._mosaic_gpu.heuristics import default_blocks

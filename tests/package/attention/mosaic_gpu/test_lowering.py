@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from support.gpu_attention import lowered, problem
+from support.gpu_attention import lowered
+from support.kernel_steps import problem
 from support.kernel_steps import step as step_of
 
 from sinkhorn_jax.attention._mosaic_gpu import tiles

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.gpu_attention import problem
 from support.hostile import hostile_logits
+from support.kernel_steps import problem
 
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.attention._mosaic_gpu.blocks import MAX_ITERS

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from support.gpu_attention import problem
+from support.kernel_steps import problem
 
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.attention._mosaic_gpu.attend import attend_in
