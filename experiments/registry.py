@@ -28,7 +28,7 @@ class Command:
 
 # In the order of the report.
 _NAMES = (
-    "rank_decay ablations doubly_exponential bounds paths entropy convergence "
+    "study rank_decay ablations doubly_exponential bounds paths entropy convergence "
     "iterations swap temperature length compare"
 )
 QUESTIONS: Final = MappingProxyType(

@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import scipy.stats
 
-Verdict = Literal["supported", "not supported", "undecided"]
+Verdict = Literal["supported", "not supported", "undecided", "untested"]
 
 
 # What follows the means of the two normalisers in the text of a finding.

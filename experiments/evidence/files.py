@@ -1,5 +1,6 @@
 """The files of a result: where they go, what they hold, how they are written."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -9,8 +10,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Final
 
 import jax
 import matplotlib.pyplot as plt
@@ -88,9 +89,20 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     text = json.dumps(value, indent=1, allow_nan=False)
     pattern = r"\[\s+([^][{}\"]*?)\s+\]"
     text = re.sub(pattern, lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
+    with replacing(path) as new:
+        new.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when it is whole."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with new.open("wb") as file:
+            yield file
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def by_key(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sinkhorn_jax import collapse
 
@@ -129,15 +129,24 @@ def column_defect(
 
 
 def attention_logits(
-    model: Encoder, params: Params, words: Int[np.ndarray, "B T"]
-) -> Float[np.ndarray, "S M T T"]:
-    """The logits of every layer, text and head of each seed's network, in float64.
+    model: Encoder,
+    params: Params,
+    inputs: Int[np.ndarray, "B T"] | UInt8[np.ndarray, "B H W C"],
+    *,
+    has_skip: bool = True,
+) -> Float[np.ndarray, "S L B N T T"]:
+    """The logits of every layer, example and head of each seed's network, in float64.
 
     They are made from the hidden states, in float32, of a network with pre-LayerNorm.
+    Texts have no padding; T counts a class token too.
     """
-    batch, num_tokens = words.shape
-    lengths = jnp.full(batch, num_tokens, jnp.int32)
-    apply = lambda p: model.apply({"params": p}, words, lengths)[1].hidden_states
+    lengths = jnp.full(len(inputs), inputs.shape[1], jnp.int32)
+
+    def apply(params):
+        given = lengths if model.patch_size is None else None
+        _, found = model.apply({"params": params}, inputs, given, has_skip=has_skip)
+        return found.hidden_states
+
     hidden_states = jax.jit(jax.vmap(apply))(params)  # [S, L + 1, B, T, D]
 
     def layer(params, x):
@@ -152,5 +161,4 @@ def attention_logits(
     # Flax's LayerNorm promotes the dtype of its input with float32.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), inputs)
-        logits = np.asarray(jax.vmap(jax.vmap(layer))(*inputs))
-    return logits.reshape(len(logits), -1, num_tokens, num_tokens)
+        return np.asarray(jax.vmap(jax.vmap(layer))(*inputs))

@@ -95,6 +95,17 @@ def follow(
         yield tokens
 
 
+def growth(log10_residual: Float[np.ndarray, " L+1"], fit_from: int) -> float:
+    """The factor by which the logarithm of the residual grows from layer to layer.
+
+    It is 3 for decay like 10^(-c 3^layer) and near to 1 for exponential decay. The fit
+    is of the logarithms of the logarithms, least squares, from layer `fit_from` on.
+    """
+    late = np.arange(fit_from, len(log10_residual))
+    slope, _ = np.polyfit(late, np.log(-log10_residual[late]), 1)
+    return float(np.exp(slope))
+
+
 def random_problem(
     seed: int, num_tokens: int, network: Network, token_scale: float = 1.0
 ) -> tuple[Float[np.ndarray, "T D"], Weights]:

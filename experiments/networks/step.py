@@ -93,19 +93,36 @@ def update(
     key: Array,
     state: State,
     batch: Batch,
+    *,
+    num_parts: int = 1,
 ) -> tuple[State, Float[Array, ""]]:
     """The state after one update, and the mean cross-entropy of the batch before it.
 
     The batch is divided over the devices of `mesh`, and its examples have weight 1. The
-    key is for dropout, the same at every step.
+    key is for dropout, the same at every step. The batch is computed in `num_parts`
+    equal parts, one after the other: the arrays of a small part stay in a processor's
+    cache.
     """
+
+    def loss_of(params, part, key):
+        logits = _logits(model, mesh, skips, params, part, key)
+        return _cross_entropy(logits, part.labels).mean()
+
+    def add(total, part_and_number):
+        part, number = part_and_number
+        part_key = jax.random.fold_in(step_key, number)
+        found = jax.value_and_grad(loss_of)(state.params, part, part_key)
+        return jax.tree.map(jnp.add, total, found), None
+
     step_key = jax.random.fold_in(key, state.step)
-
-    def loss_of(params):
-        logits = _logits(model, mesh, skips, params, batch, step_key)
-        return _cross_entropy(logits, batch.labels).mean()
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    if num_parts == 1:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch, step_key)
+    else:
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        divide = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
+        parts = jax.tree.map(divide, batch), jnp.arange(num_parts)
+        total, _ = jax.lax.scan(add, zero, parts)
+        loss, grads = jax.tree.map(lambda x: x / np.float32(num_parts), total)
     # Adam's bias correction raises a float to an integer.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimization.transformation.update(

@@ -211,6 +211,7 @@ def _networks(config):
             train_loss = ensemble.last_loss(losses)
         for num_tokens in config.trained_tokens:
             logits = attention_logits(model, params, words[:, :num_tokens])
+            logits = logits.reshape(len(logits), -1, num_tokens, num_tokens)
             defects, measured = _measure(config, logits)  # [S, M, K]
             worst = defects.max(axis=1)
             yield {

@@ -32,7 +32,13 @@ from ..evidence import files
 from ..evidence.claims import Finding, normaliser_name, within
 from ..figures.doubly_exponential import draw
 from ..networks.options import Network, require_at_least
-from ..networks.pure_attention import Tokens, Weights, follow, random_problem
+from ..networks.pure_attention import (
+    Tokens,
+    Weights,
+    follow,
+    growth,
+    random_problem,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +121,9 @@ def _network(config, seed, token_scale, num_iters):
     scale = np.array([t.log_scale for t in states])
     factor = scale[1:] - 3 * scale[:-1]
     predicted = np.log([*map(cubic_factor, states[:-1], layers)])
-    late = np.arange(config.fit_from, config.depth + 1)
-    slope, _ = np.polyfit(late, np.log(-log10[late]), 1)
     return {
         "log10_relative_residual": log10.tolist(),
-        "base": float(np.exp(slope)),
+        "base": growth(log10, config.fit_from),
         "factor": factor.tolist(),
         "ratio": np.exp(factor - predicted).tolist(),
     }

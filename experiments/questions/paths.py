@@ -21,7 +21,6 @@ al. 2026, https://arxiv.org/abs/2604.07925; all sizes are this module's own.
 """
 
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from ..evidence import files
 from ..evidence.claims import Finding, normaliser_name, within
 from ..figures.paths import draw
 from ..networks.options import Network, require_at_least
+from ..networks.paths import log10_residual
 from ..networks.pure_attention import Weights, normalise, random_problem
 
 
@@ -168,24 +168,6 @@ def decompose(x, weights: Weights, num_iters: int):
         all_logits.append(logits)
         plans.append(plan)
     return np.stack(all_logits), np.stack(plans), by_length
-
-
-def log10_residual(plans) -> float:
-    """Decimal logarithm of |C P| / |P| of plans [K, T, T], the first applied first.
-
-    Rows sum to 1, so C P_2 P_1 = (C P_2) (C P_1): nothing cancels at any length.
-    """
-    n = plans.shape[-1]
-    mean = np.full(n, 1 / n)
-    for plan in plans[::-1]:
-        mean = mean @ plan
-    residual, log_scale = np.eye(n), 0.0
-    for plan in plans:
-        residual = (plan - plan.mean(axis=0)) @ residual
-        norm = np.linalg.norm(residual)
-        residual, log_scale = residual / norm, log_scale + math.log(norm)
-    whole = np.logaddexp(2 * log_scale, math.log(n * float(mean @ mean))) / 2
-    return float((log_scale - whole) / math.log(10))
 
 
 def findings(result: dict[str, Any]) -> Iterator[Finding]:

@@ -1,0 +1,141 @@
+"""Two kinds of networks compared seed by seed, without assuming normal values."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+
+from .claims import Verdict
+
+# Probability of at least one false verdict among the primary contrasts.
+ERROR_RATE = 0.05
+
+
+class Shift(NamedTuple):
+    """What differences by seed say of the place of their distribution.
+
+    The p-value is exact whatever the distribution, if the sign of a difference is a
+    coin toss where there is no effect. Estimate and interval assume, beside, that the
+    differences are symmetric about their centre.
+    """
+
+    estimate: float  # Hodges and Lehmann's: the median of the means of all pairs.
+    low: float  # The interval of 95 %.
+    high: float
+    p_value: float  # Two-sided, of the signed-rank test.
+    num_positive: int
+    num_seeds: int
+
+    def text(self, digits: int = 3) -> str:
+        """The estimate with its interval, and how many seeds agree."""
+        low, high = (f"{x:.{digits}f}" for x in (self.low, self.high))
+        return (
+            f"{self.estimate:.{digits}f} [{low}, {high}], positive for "
+            f"{self.num_positive} of {self.num_seeds} seeds"
+        )
+
+
+def shift(differences: Sequence[float]) -> Shift:
+    """The signed-rank test of differences, one for each seed, and its estimate.
+
+    Zeros are ranked and belong to neither side, after Pratt. The distribution is
+    enumerated over all signs, so ties are exact too. Of at most 20 seeds.
+
+    Raises:
+        ValueError: There are none, or too many to enumerate.
+
+    Reference:
+        Hollander, Wolfe, Chicken, Nonparametric Statistical Methods, 2014, chapter 3.
+    """
+    x = np.asarray(differences, np.float64)
+    if not 1 <= len(x) <= 20:
+        raise ValueError(f"shift needs 1 to 20 differences, got {len(x)}.")
+    ranks = np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
+    null = _sums(ranks)
+    found, centre = ranks[x > 0].sum(), ranks.sum() / 2
+    far = np.abs(null - centre) >= abs(found - centre) - 1e-9
+    pairs = itertools.combinations_with_replacement(x, 2)
+    means = np.sort([(a + b) / 2 for a, b in pairs])
+    # The interval leaves out, on each side, as many means as the largest sum of ranks
+    # whose probability is at most 2.5 %.
+    without_ties = np.sort(_sums(np.arange(1.0, len(x) + 1)))
+    cumulative = np.searchsorted(without_ties, np.arange(len(means)), side="right")
+    out = int((cumulative <= 0.025 * len(without_ties)).sum())
+    is_bounded = out > 0
+    return Shift(
+        estimate=float(np.median(means)),
+        low=float(means[out - 1]) if is_bounded else -np.inf,
+        high=float(means[-out]) if is_bounded else np.inf,
+        p_value=float(far.mean()),
+        num_positive=int((x > 0).sum()),
+        num_seeds=len(x),
+    )
+
+
+def _sums(ranks: Float[np.ndarray, " S"]) -> Float[np.ndarray, " 2**S"]:
+    """The sums of all subsets of the ranks."""
+    sums = np.zeros(1)
+    for rank in ranks:
+        sums = np.concatenate([sums, sums + rank])
+    return sums
+
+
+def holm(p_values: Sequence[float]) -> Float[np.ndarray, " P"]:
+    """p-values adjusted so that the chance of any false rejection keeps its level.
+
+    Reference:
+        Holm, 1979. https://www.jstor.org/stable/4615733
+    """
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p)
+    factors = len(p) - np.arange(len(p))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
+    return adjusted
+
+
+class Outcome(NamedTuple):
+    """What the values of a contrast, one for each seed, say of its claim."""
+
+    shift: Shift
+    p_value: float  # Before the correction for the number of contrasts.
+
+
+def greater(values: Sequence[float]) -> Outcome:
+    """Of the claim that the values exceed 0; the test has two sides."""
+    found = shift(values)
+    return Outcome(found, found.p_value)
+
+
+def equal(values: Sequence[float], margin: float) -> Outcome:
+    """Of the claim that the values are 0 within a margin, by two one-sided tests."""
+    x = np.asarray(values, np.float64)
+    p_value = max(_one_sided(x + margin), _one_sided(margin - x))
+    return Outcome(shift(x), p_value)
+
+
+def _one_sided(x):
+    """The p-value against values that do not exceed 0."""
+    ranks = np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
+    return float((_sums(ranks) >= ranks[x > 0].sum() - 1e-9).mean())
+
+
+def decide(kind: str, outcome: Outcome, adjusted: float, margin: float) -> Verdict:
+    """The verdict of a contrast, whose p-value was adjusted by `holm`.
+
+    A claim that something is greater is not supported where it is less, or where the
+    whole interval is within the margin, a difference of no practical size.
+    """
+    low, high = outcome.shift.low, outcome.shift.high
+    is_within = -margin < low and high < margin
+    is_significant = adjusted < ERROR_RATE
+    if kind == "equal":
+        if is_within and is_significant:
+            return "supported"
+        return "not supported" if low > margin or high < -margin else "undecided"
+    if is_significant and not is_within:
+        return "supported" if outcome.shift.estimate > 0 else "not supported"
+    return "not supported" if is_within else "undecided"

@@ -1,0 +1,73 @@
+"""The figure of the study: relative residual against layer, every seed."""
+
+from typing import Any, Final
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ..networks.measures import FLOAT32_FLOOR
+from . import style
+
+# The designs, one column each: their title, and what their cells have.
+COLUMNS: Final = (
+    ("text, pre-LayerNorm, skip", ("imdb", "pre", True, "class_token")),
+    ("text, post-LayerNorm, skip", ("imdb", "post", True, "class_token")),
+    ("images, pre-LayerNorm, skip", ("fashion_mnist", "pre", True, "class_token")),
+    ("text, pre-LayerNorm, no skip", ("imdb", "pre", False, "class_token")),
+)
+DESIGN: Final = ("task", "layer_norm", "has_skip", "pooling")
+
+
+@style.styled
+def draw(result: dict[str, Any]) -> plt.Figure:
+    """Returns the figure of the result."""
+    cells = result["curves"]
+    of_design = lambda cell: tuple(cell[name] for name in DESIGN)
+    shown = [
+        (title, design)
+        for title, design in COLUMNS
+        if any(of_design(cell) == design for cell in cells)
+    ]
+    rates = sorted({cell["learning_rate"] for cell in cells})
+    size = (3.2 * len(shown) + 0.4, 2.6 * len(rates) + 0.8)
+    figure, axes = plt.subplots(
+        len(rates), len(shown), figsize=size, sharex=True, sharey="col", squeeze=False
+    )
+    for number, (row, rate) in enumerate(zip(axes, rates, strict=True), start=1):
+        for axis, (title, design) in zip(row, shown, strict=True):
+            for cell in cells:
+                if (of_design(cell), cell["learning_rate"]) == (design, rate):
+                    _draw_cell(axis, cell)
+            axis.set(yscale="log")
+            bottom, top = axis.get_ylim()
+            if bottom < FLOAT32_FLOOR:
+                axis.axhspan(bottom, FLOAT32_FLOOR, **style.FLOOR)
+                axis.set_ylim(bottom, top)
+            if number == 1:
+                axis.set_title(title)
+            if number == len(rates):
+                axis.set_xlabel("layer, 0 is the embedding")
+        row[0].set_ylabel(f"relative residual\nrate {rate:g}")
+    style.number_layers(*axes.flat)
+    style.legend(
+        figure,
+        "One thin line a seed, the thick line is the median",
+        *(
+            style.line(f"{name}, {style.PHASE_NAMES[phase]}", **drawn, **line)
+            for name, drawn in style.NORMALISERS.items()
+            for phase, line in style.PHASES.items()
+        ),
+        ncols=4,
+    )
+    return figure
+
+
+def _draw_cell(axis, cell):
+    name = "Sinkhorn" if cell["num_iters"] else "softmax"
+    drawn = style.NORMALISERS[name]
+    for phase, line in style.PHASES.items():
+        values = np.array(cell["residual"][phase])
+        layers = np.arange(values.shape[1])
+        axis.plot(layers, np.median(values, axis=0), **drawn, **line)
+        if phase == "trained":
+            axis.plot(layers, values.T, color=drawn["color"], alpha=0.25, linewidth=0.7)

@@ -1,0 +1,1 @@
+"""Networks trained under one design, cell by cell, and what is measured in them."""

@@ -1,0 +1,175 @@
+"""Contrasts as rows of a JSON: their values by seed, then their verdicts."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float
+
+from ..evidence import contrasts
+from ..evidence.claims import Finding
+from ..networks.measures import FLOAT32_FLOOR
+from .cell import Cell
+from .observe import significant
+from .plan import Contrast
+
+# Attention whose entropy is within this of uniform attention's, in every layer, does
+# not tell normalisers apart.
+UNIFORM: Final = 0.01
+# The part of the networks of a cell that must learn.
+LEARNED: Final = 0.8
+# Standard errors of the accuracy by which a network that learned is above chance.
+ABOVE_CHANCE: Final = 3.0
+
+
+def why_untested(cell: Cell, result: dict[str, Any]) -> str | None:
+    """Why a cell cannot test a claim about trained attention; None if it can."""
+    chance = 1 / cell.sizes.num_classes
+    error = math.sqrt(chance * (1 - chance) / cell.sizes.num_validation)
+    accuracy = np.array(result["validation_accuracy"])
+    learned = (accuracy > chance + ABOVE_CHANCE * error).mean()
+    if learned < LEARNED:
+        return f"{learned:.0%} of the networks are better than chance"
+    entropy = np.array(result["entropy"], np.float64)[:, -1]  # [S, L]
+    if np.median(entropy.min(axis=1)) > 1 - UNIFORM:
+        return f"attention is uniform to within {UNIFORM:.0%} in every layer"
+    return None
+
+
+def is_at_floor(result: dict[str, Any]) -> bool:
+    """Whether the residual before the last layer is rounding, in the median seed."""
+    residual = np.array(result["relative_residual"], np.float64)[:, -1, -2]
+    return bool(np.median(residual) <= FLOAT32_FLOOR)
+
+
+def row(contrast: Contrast, get: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    """The values of a contrast by arm, rate and seed."""
+    arms = []
+    for arm in contrast.arms:
+        results = [get(cell) for cell in arm.cells]
+        arms.append(
+            {
+                "name": arm.name,
+                "sign": arm.sign,
+                "quantity": arm.quantity.name,
+                "cells": [cell.name for cell in arm.cells],
+                "untested": [
+                    why_untested(cell, result)
+                    for cell, result in zip(arm.cells, results, strict=True)
+                ],
+                "is_at_floor": [is_at_floor(result) for result in results],
+                "accuracy": [
+                    float(np.mean(result["validation_accuracy"])) for result in results
+                ],
+                "values": [significant(arm.quantity.of(result)) for result in results],
+            }
+        )
+    return {
+        "name": contrast.name,
+        "claim": contrast.claim,
+        "kind": contrast.kind,
+        "margin": contrast.margin,
+        "rates": [cell.learning_rate for cell in contrast.arms[0].cells],
+        "arms": arms,
+    }
+
+
+def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
+    """What figures show of a cell: its first and last observation, and its course."""
+    of = lambda name: np.array(result[name], np.float64)
+    residual, entropy = of("relative_residual"), of("entropy")
+    gradient = of("attention_gradient")
+    return {
+        "name": cell.name,
+        "task": cell.sizes.task,
+        "layer_norm": cell.layer_norm,
+        "has_skip": cell.has_skip,
+        "pooling": cell.pooling,
+        "num_iters": cell.num_iters,
+        "learning_rate": cell.learning_rate,
+        "untested": why_untested(cell, result),
+        "residual": {
+            "init": significant(residual[:, 0]),
+            "trained": significant(residual[:, -1]),
+        },
+        "entropy": {
+            "init": significant(entropy[:, 0]),
+            "trained": significant(entropy[:, -1]),
+        },
+        "course": {
+            "updates": result["updates"],
+            "residual": significant(residual[:, :, -2]),
+            "entropy": significant(entropy.mean(axis=2)),
+            "first_gradient": significant(gradient[:, :, 0]),
+        },
+        "validation_accuracy": result["validation_accuracy"],
+        "uniform_accuracy": result["uniform_accuracy"],
+    }
+
+
+def sums(row: dict[str, Any], rates: Sequence[int]) -> Float[np.ndarray, " S"]:
+    """The sum of the arms by seed, mean over the rates of these numbers."""
+    return np.mean(
+        [
+            sum(arm["sign"] * np.array(arm["values"][rate]) for arm in row["arms"])
+            for rate in rates
+        ],
+        axis=0,
+    )
+
+
+def tested_rates(row: dict[str, Any]) -> list[int]:
+    """The numbers of the rates at which every arm can test the claim."""
+    reasons = zip(*(arm["untested"] for arm in row["arms"]), strict=True)
+    return [i for i, why in enumerate(reasons) if not any(why)]
+
+
+def primary_findings(rows: Sequence[dict[str, Any]]) -> list[Finding]:
+    """The verdicts of contrasts, with Holm's correction for the number of them all."""
+    outcomes = []
+    for each in rows:
+        if not (rates := tested_rates(each)) or _all_at_floor(each, rates):
+            outcomes.append(None)
+            continue
+        values = sums(each, rates)
+        if each["kind"] == "equal":
+            outcomes.append(contrasts.equal(values, each["margin"]))
+        else:
+            outcomes.append(contrasts.greater(values))
+    adjusted = contrasts.holm([1.0 if o is None else o.p_value for o in outcomes])
+    return [
+        _finding(each, outcome, float(p))
+        for each, outcome, p in zip(rows, outcomes, adjusted, strict=True)
+    ]
+
+
+def _all_at_floor(row, rates):
+    return all(arm["is_at_floor"][rate] for arm in row["arms"] for rate in rates)
+
+
+def _finding(row, outcome, adjusted):
+    rates = tested_rates(row)
+    if outcome is None:
+        reasons = {why for arm in row["arms"] for why in arm["untested"] if why}
+        if rates:
+            least = -math.log10(FLOAT32_FLOOR)
+            reasons = [f"all residuals are rounding: at least {least:.1f} decades lost"]
+        text = "; ".join(sorted(reasons)).capitalize() + "."
+        return Finding(claim=row["claim"], verdict="untested", text=text)
+    verdict = contrasts.decide(row["kind"], outcome, adjusted, row["margin"])
+    arms = ", ".join(
+        f"{np.median([arm['values'][r] for r in rates]):.3f} {arm['name']}"
+        for arm in row["arms"]
+    )
+    at = ", ".join(f"{row['rates'][r]:g}" for r in rates if row["rates"][r])
+    floor = ""
+    if any(arm["is_at_floor"][r] for arm in row["arms"] for r in rates):
+        floor = " Residuals that are rounding count as 4.8e-7, so it is a bound."
+    quantity = row["arms"][0]["quantity"]
+    text = (
+        f"{quantity[0].upper()}{quantity[1:]}, medians{at and f' at rates {at}'}: "
+        f"{arms}. By seed "
+        f"{outcome.shift.text()}, p = {adjusted:.2g} after Holm's correction.{floor}"
+    )
+    return Finding(claim=row["claim"], verdict=verdict, text=text)
