@@ -132,16 +132,6 @@ def primary(
         against_softmax(**on_text),
     )
     yield Contrast(
-        "text_post",
-        f"{rank} (text, post-LayerNorm, skip connections)",
-        against_softmax(**on_text, layer_norm="post"),
-    )
-    yield Contrast(
-        "images_pre",
-        f"{rank} (images, pre-LayerNorm, skip connections)",
-        against_softmax(sizes=images, rates=rates),
-    )
-    yield Contrast(
         "text_no_skip",
         f"{rank} (text, pre-LayerNorm, no skip connections)",
         against_softmax(ALL_LAYERS, **no_skip),
@@ -196,6 +186,16 @@ def primary(
         ),
         kind="equal",
         margin=float(np.log10(1.1)),
+    )
+    yield Contrast(
+        "text_post",
+        f"{rank} (text, post-LayerNorm, skip connections)",
+        against_softmax(**on_text, layer_norm="post"),
+    )
+    yield Contrast(
+        "images_pre",
+        f"{rank} (images, pre-LayerNorm, skip connections)",
+        against_softmax(sizes=images, rates=rates),
     )
 
 
