@@ -37,7 +37,7 @@ ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/pytho
 .NOTPARALLEL:
 
 demo: $(INSTALLED)
-	$(BIN)/python -m experiments rank_decay
+	$(BIN)/python -m experiments demo
 
 report: $(INSTALLED)
 	$(BIN)/python -m experiments report

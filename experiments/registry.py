@@ -27,14 +27,12 @@ class Command:
 
 
 # In the order of the report.
-_NAMES = (
-    "study rank_decay ablations doubly_exponential bounds paths entropy convergence "
-    "iterations swap temperature length compare"
-)
+_NAMES = "study doubly_exponential bounds paths convergence swap temperature step_cost"
 QUESTIONS: Final = MappingProxyType(
     {name: Command(f"questions.{name}") for name in _NAMES.split()}
 )
 _OTHERS = {
+    "demo": "questions.demo",
     "train": "training.train",
     "plot": "training.plot",
     "report": "report.report",

@@ -10,7 +10,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 import jax
@@ -34,6 +35,8 @@ def write_result(
     start: float,
     *,
     question: str | None = None,
+    others: Mapping[str, Callable[[dict[str, Any]], plt.Figure]] = MappingProxyType({}),
+    say: Callable[[dict[str, Any]], Iterable[str]] = lambda result: (),
 ) -> dict[str, Any]:
     """Writes a question's result as JSON and its figure, and prints the findings.
 
@@ -45,6 +48,8 @@ def write_result(
         draw: Returns the figure of the same result.
         start: `time.monotonic()` at the start of the run.
         question: The question, where `name` is another.
+        others: Further figures; each is in a file of the name, "_" and its key.
+        say: Returns sentences that are printed after the findings.
 
     Returns:
         The result.
@@ -65,11 +70,15 @@ def write_result(
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"{name}.json"
     write_json(path, result)
-    figure = draw(result)
-    figure.savefig(path.with_suffix(".png"))
-    plt.close(figure)
+    figures = {name: draw} | {f"{name}_{key}": each for key, each in others.items()}
+    for stem, each in figures.items():
+        figure = each(result)
+        figure.savefig(path.with_name(f"{stem}.png"))
+        plt.close(figure)
     for found in result["findings"]:
         print(f"{found['verdict']}: {found['claim']}\n    {found['text']}")
+    for sentence in say(result):
+        print(sentence)
     took = f"\nTook {result['wall_time_s']:.0f} s."
     print(took, f"Wrote {path} and {path.with_suffix('.png')}.")
     return result

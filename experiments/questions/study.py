@@ -28,6 +28,7 @@ from jaxtyping import Float
 
 from ..evidence import files
 from ..evidence.claims import Finding
+from ..figures import study_entropy, study_paths, study_seeds
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
 from ..networks.pure_attention import growth, log10_relative_residual, random_problem
@@ -126,7 +127,14 @@ def run(config: Config) -> dict[str, Any] | None:
         "curves": [rows.curves(cell, store.get(cell)) for cell in cells],
         "pure": {name: significant(curves) for name, curves in pure.items()},
     }
-    return files.write_result("study", config, measured, findings, draw, start)
+    others = {
+        "entropy": study_entropy.draw,
+        "seeds": study_seeds.draw,
+        "paths": study_paths.draw,
+    }
+    return files.write_result(
+        "study", config, measured, findings, draw, start, others=others
+    )
 
 
 def pure_curves(num_iters: int) -> Float[np.ndarray, "S L+1"]:

@@ -62,8 +62,12 @@ def _run(question, run, folder):
     if len(findings) > MOST_OPEN:
         summary = f"<summary>{len(findings)} claims</summary>"
         table = f"<details>{summary}\n\n{table}\n</details>\n"
+    others = sorted(run.path.parent.glob(f"{run.path.stem}_*.png"))
+    stems = [run.path.stem, *(path.stem for path in others)]
+    folder = pathlib.PurePosixPath(link).parent
+    figures = "\n\n".join(f"![Figure of {s}]({folder / s}.png)" for s in stems)
     return f"""
-![Figure of {run.path.stem}]({link.removesuffix(".json")}.png)
+{figures}
 
 {table}
 {_origin(question, run.result)} [All numbers, options and definitions]({link}).

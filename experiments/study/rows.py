@@ -105,6 +105,7 @@ def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         },
         "validation_accuracy": result["validation_accuracy"],
         "uniform_accuracy": result["uniform_accuracy"],
+        "paths": result.get("paths"),
     }
 
 

@@ -1,0 +1,69 @@
+"""Every seed of the study: its residual at the end, and its course in training."""
+
+from typing import Any, Final
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from . import style
+
+# The designs on text, one column each.
+COLUMNS: Final = (
+    ("class token", {"layer_norm": "pre", "has_skip": True, "pooling": "class_token"}),
+    ("mean over tokens", {"layer_norm": "pre", "has_skip": True, "pooling": "mean"}),
+    (
+        "class token, post-LayerNorm",
+        {"layer_norm": "post", "has_skip": True, "pooling": "class_token"},
+    ),
+)
+
+
+@style.styled
+def draw(result: dict[str, Any]) -> plt.Figure:
+    """Returns the figure of the networks on text with skip connections."""
+    cells = [cell for cell in result["curves"] if cell["task"] == "imdb"]
+    columns = []
+    for title, design in COLUMNS:
+        found = [c for c in cells if all(c[k] == v for k, v in design.items())]
+        if found:
+            columns.append((title, found))
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(3.6 * len(columns) + 0.4, 6.0), squeeze=False
+    )
+    for (title, found), above, below in zip(columns, *axes, strict=True):
+        _draw_ends(above, found)
+        _draw_course(below, found)
+        above.set(title=title, yscale="log", xlabel="rate")
+        below.set(yscale="log", xlabel="updates")
+    axes[0, 0].set_ylabel("relative residual,\ninput of the last layer")
+    axes[1, 0].set_ylabel("the same in training,\nlargest rate")
+    names = (style.line(n, **drawn) for n, drawn in style.NORMALISERS.items())
+    style.legend(figure, "One dot or line a seed; lines above join equal seeds", *names)
+    return figure
+
+
+def _draw_ends(axis, cells):
+    rates = sorted({cell["learning_rate"] for cell in cells})
+    for at, rate in enumerate(rates):
+        pair = sorted(
+            (c for c in cells if c["learning_rate"] == rate),
+            key=lambda c: c["num_iters"],
+        )
+        ends = [np.array(c["residual"]["trained"])[:, -2] for c in pair]
+        for x, values, name in zip((-0.2, 0.2), ends, style.NORMALISERS, strict=False):
+            marker = style.NORMALISERS[name] | {"linestyle": "", "markersize": 4}
+            axis.plot(np.full(len(values), at + x), values, **marker, alpha=0.7)
+        if len(ends) == 2:
+            x = np.array([[at - 0.2], [at + 0.2]])
+            axis.plot(np.repeat(x, len(ends[0]), axis=1), ends, "0.7", linewidth=0.6)
+    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+
+
+def _draw_course(axis, cells):
+    largest = max(cell["learning_rate"] for cell in cells)
+    for cell in cells:
+        if cell["learning_rate"] == largest:
+            name = "Sinkhorn" if cell["num_iters"] else "softmax"
+            color = style.NORMALISERS[name]["color"]
+            course = np.array(cell["course"]["residual"]).T
+            axis.plot(cell["course"]["updates"], course, color=color, linewidth=0.8)
