@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from .claims import Verdict
+from .claims import Verdict, interval
 
 # Probability of at least one false verdict among the primary contrasts.
 ERROR_RATE = 0.05
@@ -115,6 +115,19 @@ def equal(values: Sequence[float], margin: float) -> Outcome:
     x = np.asarray(values, np.float64)
     p_value = max(_one_sided(x + margin), _one_sided(margin - x))
     return Outcome(shift(x), p_value)
+
+
+def by_t(values: Sequence[float]) -> Outcome:
+    """Of the claim that the values exceed 0, by Student's t: for few seeds."""
+    x = np.asarray(values, np.float64)
+    mean, half_width = interval(x)
+    p_value = 1.0
+    if len(x) > 1:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p_value = float(np.nan_to_num(scipy.stats.ttest_1samp(x, 0).pvalue, nan=1))
+    counts = int((x > 0).sum()), len(x)
+    ends = (mean - half_width, mean + half_width)
+    return Outcome(Shift(mean, *ends, p_value, *counts), p_value)
 
 
 def _one_sided(x):

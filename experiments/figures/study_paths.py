@@ -1,4 +1,4 @@
-"""Residual of products of attention matrices of trained networks against their number."""
+"""Residual of products of attention matrices against the number of matrices."""
 
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ TITLES: Final = {
 
 @style.styled
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """Returns the figure: equal logits of softmax networks, given to both normalisers."""
+    """Returns the figure: both normalisers, given the logits of softmax networks."""
     cells = [c for c in result["curves"] if c["paths"] and c["num_iters"] == 0]
     cells = [c for c in cells if c["pooling"] == "class_token"]
     figure, axes = plt.subplots(1, len(KINDS), figsize=(10.5, 3.6), sharey=True)

@@ -21,6 +21,7 @@ own.
 import dataclasses
 import pathlib
 import time
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -28,15 +29,17 @@ from jaxtyping import Float
 
 from ..evidence import files
 from ..evidence.claims import Finding
-from ..figures import study_entropy, study_paths, study_seeds
+from ..figures import study_entropy, study_paths, study_rows, study_seeds
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
 from ..networks.pure_attention import growth, log10_relative_residual, random_problem
-from ..study import plan, rows
+from ..study import more, plan, rows
+from ..study.bag_of_words import linear_accuracy
 from ..study.cell import Sizes
 from ..study.observe import DEFINITIONS, significant
+from ..study.plan import Contrast
 from ..study.store import Store
-from ..study.train import train_and_measure
+from ..study.train import load_data, train_and_measure
 
 # Random networks of attention alone.
 PURE: Final = Network(depth=12, width=32, num_heads=2, seeds=tuple(range(10)))
@@ -50,6 +53,7 @@ PURE_DEFINITIONS: Final = {
 class Config:
     """Everything that can change the result."""
 
+    preset: str = "primary"  # A key of PRESETS.
     text: Sizes = plan.TEXT
     images: Sizes = plan.IMAGES
     rates: tuple[float, ...] = plan.RATES  # Peaks of Adam's rate.
@@ -59,11 +63,68 @@ class Config:
     def __post_init__(self):
         require_increasing(self, "rates", "no_skip_rates")
         require_positive(self, "rates", "no_skip_rates")
-        if not set(self.rates) & set(self.no_skip_rates):
+        if self.preset == "primary" and not set(self.rates) & set(self.no_skip_rates):
             raise ValueError(
                 "rates and no_skip_rates must share one, at which skip connections are "
                 f"compared, got {self.rates} and {self.no_skip_rates}."
             )
+
+    @property
+    def primary(self) -> list[Contrast]:
+        """The primary contrasts that need training."""
+        rates = (self.rates, self.no_skip_rates)
+        return list(plan.primary(self.text, self.images, *rates))
+
+
+# Full sizes, for a GPU: those of Sander et al. 2022, https://arxiv.org/abs/2110.11773,
+# and of a small vision transformer, with as many updates as an H100 should make in 8
+# minutes. That is by arithmetic: it was not measured.
+SINKFORMER: Final = Sizes(
+    width=256,
+    num_heads=8,
+    mlp_width=1024,
+    seq_len=256,
+    vocab_size=20_000,
+    num_steps=960,
+    seeds=(0, 1, 2),
+)
+VIT: Final = Sizes(
+    task="fashion_mnist",
+    width=128,
+    num_heads=8,
+    mlp_width=512,
+    has_conv_stem=False,
+    num_train=50_000,
+    batch_size=128,
+    num_steps=6000,
+    seeds=(0, 1, 2),
+)
+PRESETS: Final = MappingProxyType(
+    {
+        "primary": Config(),
+        "secondary": Config(preset="secondary"),
+        "sinkformer_imdb": Config(
+            preset="sinkformer_imdb", text=SINKFORMER, rates=(1e-4,)
+        ),
+        "vit": Config(preset="vit", images=VIT, rates=(1e-3,)),
+    }
+)
+# The results that are committed.
+REPORT_CONFIGS: Final = (PRESETS["primary"],)
+
+
+def choose(preset: str | None, task: str | None) -> Config:
+    """The configuration of a preset; `task` is for other commands.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+    if task is not None or preset not in (None, *PRESETS):
+        raise ValueError(
+            f"study takes --preset, one of {list(PRESETS)}, got {preset!r}; it takes "
+            f"no --task, got {task!r}."
+        )
+    return PRESETS[preset or "primary"]
 
 
 QUICK = Config(
@@ -105,36 +166,63 @@ def run(config: Config) -> dict[str, Any] | None:
     """Computes missing cells; when all are there, writes JSON, figure and findings."""
     start = time.monotonic()
     store = Store(config.output / "cells")
-    contrasts = list(
-        plan.primary(config.text, config.images, config.rates, config.no_skip_rates)
-    )
-    # Each cell once, in the order of the contrasts.
-    cells = dict.fromkeys(
-        cell for contrast in contrasts for arm in contrast.arms for cell in arm.cells
-    )
-    if busy := store.compute(list(cells), train_and_measure):
+    trained = {
+        "primary": lambda: config.primary,
+        "secondary": lambda: more.secondary(config.text, config.images),
+        "sinkformer_imdb": lambda: more.full_size(config.text, config.rates[0]),
+        "vit": lambda: more.full_size(config.images, config.rates[0]),
+    }
+    contrasts = list(trained[config.preset]())
+    cells = plan.cells_of(contrasts)
+    if busy := store.compute(cells, train_and_measure):
         names = ", ".join(cell.name for cell in busy)
         print(f"Other processes still compute {names}. They write the result.")
         return None
-    pure = {
-        name: pure_curves(num_iters)
-        for name, num_iters in (("softmax", 0), ("Sinkhorn", plan.NUM_ITERS))
-    }
-    measured = {
-        "definitions": DEFINITIONS | PURE_DEFINITIONS,
-        "rows": [rows.row(contrast, store.get) for contrast in contrasts]
-        + [pure_row(pure["Sinkhorn"])],
-        "curves": [rows.curves(cell, store.get(cell)) for cell in cells],
-        "pure": {name: significant(curves) for name, curves in pure.items()},
-    }
-    others = {
-        "entropy": study_entropy.draw,
-        "seeds": study_seeds.draw,
-        "paths": study_paths.draw,
-    }
+    measured: dict[str, Any] = {"preset": config.preset, "definitions": DEFINITIONS}
+    others = {}
+    if config.preset == "primary":
+        pure = {
+            name: pure_curves(num_iters)
+            for name, num_iters in (("softmax", 0), ("Sinkhorn", plan.NUM_ITERS))
+        }
+        found = [rows.row(contrast, store.get) for contrast in contrasts]
+        measured["definitions"] |= PURE_DEFINITIONS
+        measured["rows"] = [*found, pure_row(pure["Sinkhorn"])]
+        measured["pure"] = {name: significant(each) for name, each in pure.items()}
+        measured["linear_accuracy"] = linear_accuracy(load_data(config.text))
+        others = {
+            "entropy": study_entropy.draw,
+            "seeds": study_seeds.draw,
+            "paths": study_paths.draw,
+        }
+    else:
+        if config.preset == "secondary":
+            contrasts = [*_of_primary(config, store), *contrasts]
+        measured["rows"] = [rows.row(contrast, store.get) for contrast in contrasts]
+    measured["curves"] = [rows.curves(cell, store.get(cell)) for cell in cells]
+    figure = study_rows.draw if config.preset == "secondary" else draw
+    options = {"question": "study", "others": others}
     return files.write_result(
-        "study", config, measured, findings, draw, start, others=others
+        config.preset, config, measured, findings, figure, start, **options
     )
+
+
+def _of_primary(config, store):
+    """Yields secondary contrasts on cells of the primary ones.
+
+    Raises:
+        FileNotFoundError: The primary cells are not there.
+    """
+    primary = config.primary
+    if missing := [c.name for c in plan.cells_of(primary) if store.get(c) is None]:
+        raise FileNotFoundError(
+            f"{config.output / 'cells'} lacks {len(missing)} cells of the primary "
+            f"contrasts, {missing[0]} among them. Run --preset primary first."
+        )
+    for contrast in primary:
+        if contrast.name in ("text_pre", "text_post", "images_pre", "text_no_skip"):
+            yield from more.of_primary(contrast)
+            yield more.best_rates(contrast, store.get)
 
 
 def pure_curves(num_iters: int) -> Float[np.ndarray, "S L+1"]:
@@ -171,5 +259,7 @@ def pure_row(curves: Float[np.ndarray, "S L+1"]) -> dict[str, Any]:
 
 
 def findings(result: dict[str, Any]) -> list[Finding]:
-    """Returns the verdicts of the primary contrasts."""
-    return rows.primary_findings(result["rows"])
+    """Returns the verdicts of the contrasts."""
+    if result["preset"] == "primary":
+        return rows.primary_findings(result["rows"])
+    return rows.secondary_findings(result["rows"])

@@ -3,8 +3,7 @@
 docs/protocol.md says the same in words, and was committed before the trainings.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -53,6 +52,14 @@ def _entropy_change(result):
 RESIDUAL: Final = Quantity(
     "log10 of the relative residual of the tokens that enter the last layer",
     lambda result: log10_residual(result, -2),
+)
+LAST: Final = Quantity(
+    "log10 of the relative residual after the last layer",
+    lambda result: log10_residual(result, -1),
+)
+ACCURACY: Final = Quantity(
+    "validation accuracy",
+    lambda result: np.array(result["validation_accuracy"], np.float64),
 )
 # Without skip connections the last layers are at the floor of float32.
 ALL_LAYERS: Final = Quantity(
@@ -103,6 +110,12 @@ def cells(
         Cell(sizes=sizes, num_iters=num_iters, learning_rate=rate, **design)
         for rate in rates
     )
+
+
+def cells_of(contrasts: Iterable[Contrast]) -> list[Cell]:
+    """Each cell of the contrasts once, in their order."""
+    arms = (arm for contrast in contrasts for arm in contrast.arms)
+    return list(dict.fromkeys(cell for arm in arms for cell in arm.cells))
 
 
 def against_softmax(
@@ -196,63 +209,4 @@ def primary(
         "images_pre",
         f"{rank} (images, pre-LayerNorm, skip connections)",
         against_softmax(sizes=images, rates=rates),
-    )
-
-
-# The seeds and the rate of the secondary contrasts.
-FEW: Final = tuple(range(5))
-MIDDLE: Final = (3e-3,)
-
-
-def secondary(text: Sizes = TEXT, images: Sizes = IMAGES) -> Iterator[Contrast]:
-    """Yields contrasts that no verdict of the study rests on."""
-    few, few_images = (dataclasses.replace(each, seeds=FEW) for each in (text, images))
-    on_text = {"sizes": few, "rates": MIDDLE}
-    more = "Sinkhorn networks keep more rank than softmax networks"
-    for num_iters in (1, 3, 50):
-        iterations = f"{num_iters} iteration" + "s" * (num_iters > 1)
-        yield Contrast(
-            f"iterations_{num_iters}",
-            f"{more}, with {iterations} (text)",
-            against_softmax(num_iters=num_iters, **on_text),
-        )
-    for num_iters in (1, 50):
-        yield Contrast(
-            f"images_iterations_{num_iters}",
-            f"{more}, with {num_iters} iterations (images)",
-            against_softmax(num_iters=num_iters, sizes=few_images, rates=MIDDLE),
-        )
-    yield Contrast(
-        "max_pooling",
-        f"{more}, behind a maximum over tokens (text)",
-        against_softmax(**on_text, pooling="max"),
-    )
-    for has_skip in (True, False):
-        yield Contrast(
-            "depth_12" + "_no_skip" * (not has_skip),
-            f"{more}, 12 layers, {'' if has_skip else 'no '}skip connections (text)",
-            against_softmax(
-                RESIDUAL if has_skip else ALL_LAYERS,
-                sizes=few,
-                rates=MIDDLE if has_skip else NO_SKIP_RATES[1:2],
-                depth=12,
-                has_skip=has_skip,
-            ),
-        )
-    longer = dataclasses.replace(few, num_steps=4 * few.num_steps)
-    yield Contrast(
-        "updates",
-        f"{more}, after four times the updates (text)",
-        against_softmax(sizes=longer, rates=MIDDLE),
-    )
-    wide = dataclasses.replace(
-        few,
-        width=2 * few.width,
-        num_heads=2 * few.num_heads,
-        mlp_width=2 * few.mlp_width,
-    )
-    yield Contrast(
-        "width",
-        f"{more}, at twice the width and heads (text)",
-        against_softmax(sizes=wide, rates=MIDDLE),
     )
