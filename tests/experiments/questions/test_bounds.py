@@ -1,5 +1,6 @@
 """The bounds against measured residuals: a whole run, a violation, options."""
 
+import dataclasses
 import json
 
 import matplotlib.image
@@ -8,9 +9,7 @@ import pytest
 
 from experiments.questions import bounds
 
-SMALL = dict(
-    depth=2, num_tokens=6, width=4, token_scales=(1.0,), num_steps=0, seeds=(0, 1, 2)
-)
+SMALL = dict(depth=2, num_tokens=6, width=4, token_scales=(1.0,), seeds=(0, 1, 2))
 
 
 def test_a_whole_run(tmp_path):
@@ -47,9 +46,24 @@ def test_violations_are_counted_and_refute_the_claim(tmp_path):
     result = bounds.run(config)
     reported = result["cells"][0]["bounds"][-1]
     assert reported["violations_step"] == reported["num_step"] == 6
-    found = [f for f in result["findings"] if "reported" in f["claim"]]
-    assert {f["verdict"] for f in found} == {"not supported"}
+    found = [f for f in result["findings"] if "'reported' holds" in f["claim"]]
+    assert [f["verdict"] for f in found] == ["not supported"]
     assert found[0]["text"].startswith("6 of 6 layers violate it")
+
+
+def test_the_least_lambda_is_the_one_with_which_the_bound_is_met(tmp_path):
+    config = bounds.Config(**SMALL, num_iters=(10,), output=tmp_path / "new")
+    result = bounds.run(config)
+    (text,) = (
+        f["text"] for f in result["findings"] if "'reported' holds" in f["claim"]
+    )
+    least = float(text.rpartition("lambda from ")[2].partition(" ")[0])
+    assert 0 < least < 1
+    for factor, verdict in ((1.1, "supported"), (0.9, "not supported")):
+        changed = dataclasses.replace(config, prefactor=least * factor)
+        found = bounds.run(changed)["findings"]
+        (again,) = (f for f in found if "'reported' holds" in f["claim"])
+        assert again["verdict"] == verdict
 
 
 def test_bad_options_are_refused():
@@ -57,3 +71,5 @@ def test_bad_options_are_refused():
         bounds.Config(width=9)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         bounds.Config(depth=0)
+    with pytest.raises(ValueError, match=r"prefactor must be in \(0, 1\], got 2"):
+        bounds.Config(prefactor=2.0)
