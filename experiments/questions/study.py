@@ -58,6 +58,7 @@ class Config:
     images: Sizes = plan.IMAGES
     rates: tuple[float, ...] = plan.RATES  # Peaks of Adam's rate.
     no_skip_rates: tuple[float, ...] = plan.NO_SKIP_RATES  # Without skip connections.
+    is_partial: bool = False  # Train nothing; write the result of the cells there are.
     output: pathlib.Path = files.RUNS / "study"  # Folder of the cells and the result.
 
     def __post_init__(self):
@@ -174,7 +175,11 @@ def run(config: Config) -> dict[str, Any] | None:
     }
     contrasts = list(trained[config.preset]())
     cells = plan.cells_of(contrasts)
-    if busy := store.compute(cells, train_and_measure):
+    if config.is_partial:
+        cells = [cell for cell in cells if store.get(cell) is not None]
+        if not cells:
+            raise FileNotFoundError(f"{config.output / 'cells'} has no cell of these.")
+    elif busy := store.compute(cells, train_and_measure):
         names = ", ".join(cell.name for cell in busy)
         print(f"Other processes still compute {names}. They write the result.")
         return None
@@ -243,6 +248,7 @@ def pure_row(curves: Float[np.ndarray, "S L+1"]) -> dict[str, Any]:
         "kind": "equal",
         "margin": 0.03,
         "rates": [None],
+        "num_missing": 0,
         "arms": [
             {
                 "name": "less 3",

@@ -6,8 +6,8 @@ Parameters do not depend on the normaliser. So encoders are trained on the digit
 softmax and with 1 and 10 Sinkhorn iterations, and each is evaluated with every one of
 them: relative residual of the last layer, entropy of the attention, test accuracy. The
 gain of Sinkhorn is the sum of two parts: that of its weights, both evaluated with
-softmax, and that of its plan on them. All networks have the learning rate that
-`compare` chose for 10 iterations, which is half of softmax's own.
+softmax, and that of its plan on them. All networks have two layers and one learning
+rate: what happens in deeper ones is the subject of `study`.
 
 Takes 3 minutes of one CPU core, with --quick half a minute. As measured:
 

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 INTRODUCTION = """\
 # Findings on doubly stochastic attention
 
-Intervals are of 95 %, over seeds. A claim is supported, or not, where the whole
-interval says so, and at the scale of the experiment alone; otherwise it is undecided.
-Nothing is corrected for the number of claims: where there is no effect at all, one
-claim of twenty gets a verdict by chance.
+The primary contrasts of the study come first. Their tests, verdicts and correction for
+the number of claims were written down in docs/protocol.md before the trainings.
+
+All else is secondary. Intervals are of 95 %, over seeds. A claim is supported, or not,
+where the whole interval says so, and at the scale of the experiment alone; otherwise it
+is undecided. But for the study nothing is corrected for the number of claims: where
+there is no effect at all, one claim of twenty gets a verdict by chance.
 """
 
 # The claims of a run; where there are more, the reader unfolds them.
@@ -45,6 +48,36 @@ def render(sections: Sequence[Section], folder: pathlib.Path) -> str:
         lines.append(f"\n## {name}\n\n{about.strip()}")
         lines += [_run(name, run, folder) for run in runs]
     return "\n".join(lines)
+
+
+BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+
+
+def with_verdicts(
+    page: str, result: dict[str, Any], link: str, *, is_short: bool
+) -> str:
+    """A page with the primary verdicts of the study between its two marks.
+
+    Args:
+        page: The text of the page.
+        result: What the JSON of the study holds.
+        link: From the page to that JSON.
+        is_short: Whether to give the estimates without the numbers behind them.
+
+    Raises:
+        ValueError: The page lacks a mark.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"The page must have {BEGIN} and {END} once each.")
+    lines = ["| claim | verdict | measured |", "|---|---|---|"]
+    for found in result["findings"]:
+        text = found["text"]
+        if is_short and found["verdict"] != "untested":
+            text = text.partition("By seed ")[2].partition(", p = ")[0]
+        measured = f"[{text}]({link})" if is_short else text
+        lines.append(f"| {_cell(found['claim'])} | {found['verdict']} | {measured} |")
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    return "\n".join([before + BEGIN, *lines, END + after])
 
 
 def _counts(findings):

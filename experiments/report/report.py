@@ -7,15 +7,15 @@ writes one Markdown page: for every experiment what it asks, its findings with i
 and verdicts, its figure and how it was made. The same command continues what was
 interrupted, and runs nothing again that had ended.
 
-Reading what is committed takes seconds. From nothing it takes 6 hours on 2 CPU cores,
-the sum of the wall times in the results, some of them on a loaded machine. Of these
-39 % are the training of `compare`, 22 % `ablations`. With --quick, small numbers
-throughout, it takes 5 minutes of processor time. The committed page is written
-with `--output experiments/results/README.md`.
+Reading what is committed takes seconds. From nothing most of the time is the training
+of the study, hours on 2 CPU cores. With --quick, small numbers throughout, it takes
+minutes. The committed pages are written with `--output experiments/results/README.md
+--pages README.md docs/findings.md`.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -35,6 +35,9 @@ class Config:
     is_quick: tyro.conf.Suppress[bool] = False
     results: pathlib.Path = files.RESULTS  # Folder of the results, where runs write.
     output: pathlib.Path = files.RUNS / "report.md"
+    # Pages that have the primary verdicts of the study between two marks, to be
+    # brought up to date: the readme has them in short.
+    pages: tuple[pathlib.Path, ...] = ()
 
     def __post_init__(self):
         if unknown := [name for name in self.questions if name not in QUESTIONS]:
@@ -63,7 +66,19 @@ def run(config: Config) -> pathlib.Path:
                 question.run(options)
             runs.append(page.Run(path, json.loads(path.read_text())))
         sections.append(page.Section(name, question.__doc__, runs))
+    for path in config.pages:
+        write_verdicts(path, config.results)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(page.render(sections, config.output.parent))
     print(f"Wrote {config.output}.")
     return config.output
+
+
+def write_verdicts(path: pathlib.Path, results: pathlib.Path) -> None:
+    """Brings the primary verdicts of the study on a page up to date."""
+    study = results / "study" / "primary.json"
+    link = pathlib.Path(os.path.relpath(study, path.parent)).as_posix()
+    result = json.loads(study.read_text())
+    is_short = path.name == "README.md"
+    text = page.with_verdicts(path.read_text(), result, link, is_short=is_short)
+    path.write_text(text)

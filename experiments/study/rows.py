@@ -43,10 +43,13 @@ def is_at_floor(result: dict[str, Any]) -> bool:
     return bool(np.median(residual) <= FLOAT32_FLOOR)
 
 
-def row(contrast: Contrast, get: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
-    """The values of a contrast by arm, rate and seed."""
+def row(
+    contrast: Contrast, get: Callable[[Cell], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """The values of a contrast by arm, rate and seed; no arms if a cell is missing."""
     arms = []
-    for arm in contrast.arms:
+    missing = sum(get(cell) is None for arm in contrast.arms for cell in arm.cells)
+    for arm in () if missing else contrast.arms:
         results = [get(cell) for cell in arm.cells]
         arms.append(
             {
@@ -71,6 +74,7 @@ def row(contrast: Contrast, get: Callable[[Cell], dict[str, Any]]) -> dict[str, 
         "kind": contrast.kind,
         "margin": contrast.margin,
         "rates": [cell.learning_rate for cell in contrast.arms[0].cells],
+        "num_missing": missing,
         "arms": arms,
     }
 
@@ -173,7 +177,10 @@ def _finding(row, outcome, adjusted):
         if rates:
             least = -math.log10(FLOAT32_FLOOR)
             reasons = [f"all residuals are rounding: at least {least:.1f} decades lost"]
-        text = "; ".join(sorted(reasons)).capitalize() + "."
+        if row["num_missing"]:
+            reasons = [f"{row['num_missing']} of its cells are not trained yet"]
+        reason = "; ".join(sorted(reasons))
+        text = f"{reason[:1].upper()}{reason[1:]}."
         return Finding(claim=row["claim"], verdict="untested", text=text)
     verdict = contrasts.decide(row["kind"], outcome, adjusted, row["margin"])
     arms = ", ".join(

@@ -4,11 +4,14 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 
-from experiments.questions import compare
+from experiments.questions import study
 from experiments.registry import QUESTIONS
 from experiments.report import report
+from experiments.study import more, plan, rows
+from experiments.study.store import Store
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*/*.json"))
@@ -16,8 +19,8 @@ RESULTS = sorted((ROOT / "experiments" / "results").glob("*/*.json"))
 
 def test_every_question_is_committed():
     assert {path.parent.name for path in RESULTS} == set(QUESTIONS)
-    stems = {path.stem for path in RESULTS if path.parent.name == "compare"}
-    assert stems == {config.preset for config in compare.REPORT_CONFIGS}
+    stems = {path.stem for path in RESULTS if path.parent.name == "study"}
+    assert stems == {config.preset for config in study.REPORT_CONFIGS}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -45,8 +48,24 @@ def test_the_page_of_results_is_the_report(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("config", compare.REPORT_CONFIGS, ids=lambda c: c.preset)
-def test_the_findings_page_shows_the_comparison_as_it_was_measured(config):
-    path = ROOT / "experiments" / "results" / "compare" / f"{config.preset}.json"
-    page = (ROOT / "docs" / "findings.md").read_text().splitlines()
-    assert set(compare.table(json.loads(path.read_text()))) <= set(page)
+CELLS = sorted((ROOT / "experiments" / "results" / "study" / "cells").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_cells_are_of_the_plan_and_whole(path):
+    cells = {cell.name: cell for cell in plan.cells_of(plan.primary())}
+    cells |= {c.name: c for c in plan.cells_of(more.secondary(plan.TEXT, plan.IMAGES))}
+    cell = cells[path.stem]
+    result = Store(path.parent).get(cell)
+    assert result is not None, "Its setting is not that of the plan."
+    shape = (len(cell.sizes.seeds), cell.sizes.num_observations + 1, cell.depth)
+    assert np.shape(result["entropy"]) == shape
+    assert np.shape(result["relative_residual"]) == (*shape[:2], cell.depth + 1)
+
+
+def test_the_rows_of_the_study_are_those_of_its_cells():
+    folder = ROOT / "experiments" / "results" / "study"
+    get = Store(folder / "cells").get
+    committed = json.loads((folder / "primary.json").read_text())["rows"]
+    made = [rows.row(contrast, get) for contrast in plan.primary()]
+    assert json.loads(json.dumps(made)) == committed[: len(made)]
