@@ -45,7 +45,7 @@ def shift(differences: Sequence[float]) -> Shift:
     enumerated over all signs, so ties are exact too. Of at most 20 seeds.
 
     Raises:
-        ValueError: There are none, or too many to enumerate.
+        ValueError: There are none, too many to enumerate, or one is not finite.
 
     Reference:
         Hollander, Wolfe, Chicken, Nonparametric Statistical Methods, 2014, chapter 3.
@@ -53,6 +53,8 @@ def shift(differences: Sequence[float]) -> Shift:
     x = np.asarray(differences, np.float64)
     if not 1 <= len(x) <= 20:
         raise ValueError(f"shift needs 1 to 20 differences, got {len(x)}.")
+    if not np.isfinite(x).all():
+        raise ValueError(f"shift needs finite differences, got {x}.")
     ranks = np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
     null = _sums(ranks)
     found, centre = ranks[x > 0].sum(), ranks.sum() / 2
@@ -140,13 +142,14 @@ def decide(kind: str, outcome: Outcome, adjusted: float, margin: float) -> Verdi
     """The verdict of a contrast, whose p-value was adjusted by `holm`.
 
     A claim that something is greater is not supported where it is less, or where the
-    whole interval is within the margin, a difference of no practical size.
+    whole interval is within the margin, a difference of no practical size. Equality is
+    supported by `equal` alone, and not supported where the interval is outside.
     """
     low, high = outcome.shift.low, outcome.shift.high
     is_within = -margin < low and high < margin
     is_significant = adjusted < ERROR_RATE
     if kind == "equal":
-        if is_within and is_significant:
+        if is_significant:
             return "supported"
         return "not supported" if low > margin or high < -margin else "undecided"
     if is_significant and not is_within:

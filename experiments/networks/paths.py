@@ -19,6 +19,8 @@ def log10_residual(plans: Float[np.ndarray, "K T T"]) -> float:
     for plan in plans:
         residual = (plan - plan.mean(axis=0)) @ residual
         norm = np.linalg.norm(residual)
+        if norm == 0:  # One of the matrices is exactly uniform.
+            return -math.inf
         residual, log_scale = residual / norm, log_scale + math.log(norm)
     whole = np.logaddexp(2 * log_scale, math.log(n * float(mean @ mean))) / 2
     return float((log_scale - whole) / math.log(10))

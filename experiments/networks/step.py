@@ -118,7 +118,7 @@ def update(
     if num_parts == 1:
         loss, grads = jax.value_and_grad(loss_of)(state.params, batch, step_key)
     else:
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
         divide = lambda x: x.reshape(num_parts, -1, *x.shape[1:])
         parts = jax.tree.map(divide, batch), jnp.arange(num_parts)
         total, _ = jax.lax.scan(add, zero, parts)

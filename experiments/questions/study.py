@@ -257,6 +257,7 @@ def pure_row(curves: Float[np.ndarray, "S L+1"]) -> dict[str, Any]:
                 "cells": [],
                 "untested": [None],
                 "is_at_floor": [False],
+                "is_bounded": [False],
                 "accuracy": [None],
                 "values": [[round(each - 3, 6) for each in growths]],
             }

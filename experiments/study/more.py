@@ -13,8 +13,10 @@ from .plan import (
     LAST,
     NO_SKIP_RATES,
     RESIDUAL,
+    Arm,
     Contrast,
     against_softmax,
+    cells,
 )
 
 # The seeds and the rate of contrasts with trainings of their own.
@@ -54,10 +56,15 @@ def best_rates(contrast: Contrast, get: Callable[[Cell], dict[str, Any]]) -> Con
         return max(cells, key=lambda c: np.mean(get(c)["validation_accuracy"]))
 
     where = contrast.claim.partition(" (")[2]
+    arms = []
+    for arm in contrast.arms:
+        cell = best(arm.cells)
+        name = f"{arm.name} at rate {cell.learning_rate:g}"
+        arms.append(arm._replace(name=name, cells=(cell,)))
     return Contrast(
         f"{contrast.name}_best_rates",
         f"{RANK}, each at its best rate ({where}",
-        tuple(arm._replace(cells=(best(arm.cells),)) for arm in contrast.arms),
+        tuple(arms),
     )
 
 
@@ -69,13 +76,13 @@ def secondary(text: Sizes, images: Sizes) -> Iterator[Contrast]:
         yield Contrast(
             f"iterations_{num_iters}",
             f"{RANK}, with {_iterations(num_iters)} (text)",
-            against_softmax(num_iters=num_iters, **on_text),
+            _against_all(num_iters, few, text),
         )
     for num_iters in (1, 50):
         yield Contrast(
             f"images_iterations_{num_iters}",
             f"{RANK}, with {_iterations(num_iters)} (images)",
-            against_softmax(num_iters=num_iters, sizes=few_images, rates=MIDDLE),
+            _against_all(num_iters, few_images, images),
         )
     yield Contrast(
         "max_pooling",
@@ -120,6 +127,14 @@ def full_size(sizes: Sizes, rate: float) -> Iterator[Contrast]:
         arms = against_softmax(num_iters=num_iters, sizes=sizes, rates=(rate,))
         claim = f"{RANK}, with {_iterations(num_iters)} ({sizes.task}, full size)"
         yield Contrast(f"iterations_{num_iters}", claim, arms)
+
+
+def _against_all(num_iters, few, all_seeds):
+    """Few seeds with Sinkhorn, less the softmax cell of the primary contrasts."""
+    return (
+        Arm("Sinkhorn", 1, cells(num_iters, few, MIDDLE)),
+        Arm("softmax", -1, cells(0, all_seeds, MIDDLE)),
+    )
 
 
 def _iterations(num_iters):

@@ -17,6 +17,8 @@ from ..networks.step import Params
 
 # What a cell's JSON holds. S seeds, K observations in training, L layers.
 DEFINITIONS: Final = {
+    "num_parameters": "Of one network.",
+    "max_entropy": "Entropy of uniform attention in nats, mean over measured examples.",
     "updates": "[K]; updates made before each observation, the first 0, the last all.",
     "relative_residual": (
         "[S][K][L + 1], 0 the embedding; Frobenius norm of the tokens less their mean "
@@ -47,10 +49,10 @@ DEFINITIONS: Final = {
     "paths": (
         "[S] of each kind: [length - 1], log10 of |C P| / |P|, Frobenius norms, P the "
         "product of attention matrices of the trained network, C the centring matrix; "
-        "mean over measured examples and paths. The logits of the network are given to "
-        "both normalisers. `sampled`: layers in order, one head each; `shuffled`: "
-        "the same matrices in a random order; `independent`: made from the logits with "
-        "their entries permuted at random."
+        "mean over paths and the first measured examples without padding. The logits "
+        "of the network are given to both normalisers. `sampled`: layers in order, one "
+        "head each; `shuffled`: the same matrices in a random order; `independent`: "
+        "made from the logits with their entries permuted at random."
     ),
 }
 
@@ -73,7 +75,9 @@ def _observe(model, has_skip, params, inputs, lengths, labels):
         model, params, inputs, lengths, has_skip=has_skip
     )
     rows = where[None, :, None, :]  # The rows of the plans [L, B, N, T, T].
-    most = jnp.log(where.sum(axis=-1).astype(jnp.float32))[None, :, None]
+    # A single token has the entropy 0 of whatever attention.
+    count = jnp.maximum(where.sum(axis=-1), 2).astype(jnp.float32)
+    most = jnp.log(count)[None, :, None]
     entropy = collapse.attention_entropy(plans, where=rows) / most
     has_class_token = model.pooling == "class_token"
     is_word = where.at[:, 0].set(False) if has_class_token else where
@@ -103,7 +107,7 @@ def _observe(model, has_skip, params, inputs, lengths, labels):
 
 
 def as_lists(observed: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Observations of `observe` as [S][K][...], with four digits, for JSON."""
+    """Observations of `observe` as [S][K][...], for JSON."""
     return {
         name: significant(np.stack([o[name] for o in observed], axis=1))
         for name in observed[0]
@@ -111,7 +115,11 @@ def as_lists(observed: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def significant(values: np.ndarray, digits: int = 5) -> Any:
-    """An array as nested lists, with so many significant digits."""
+    """An array as nested lists, with so many significant digits, for JSON.
+
+    What is not finite, as in a network that diverged, is None.
+    """
     if values.ndim == 0:
-        return float(f"{float(values):.{digits}g}")
+        is_number = np.isfinite(values)
+        return float(f"{float(values):.{digits}g}") if is_number else None
     return [significant(each, digits) for each in values]

@@ -26,6 +26,7 @@ class Quantity(NamedTuple):
 
     name: str  # With its unit.
     of: Callable[[dict[str, Any]], Float[np.ndarray, " S"]]
+    is_residual: bool = False  # Its least value is that of the rounding.
 
 
 def log10_residual(
@@ -52,10 +53,12 @@ def _entropy_change(result):
 RESIDUAL: Final = Quantity(
     "log10 of the relative residual of the tokens that enter the last layer",
     lambda result: log10_residual(result, -2),
+    is_residual=True,
 )
 LAST: Final = Quantity(
     "log10 of the relative residual after the last layer",
     lambda result: log10_residual(result, -1),
+    is_residual=True,
 )
 ACCURACY: Final = Quantity(
     "validation accuracy",
@@ -72,6 +75,7 @@ ALL_LAYERS: Final = Quantity(
         ],
         axis=0,
     ),
+    is_residual=True,
 )
 ENTROPY: Final = Quantity(
     "change in training of the entropy of the attention, in units of the entropy of "

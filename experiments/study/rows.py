@@ -12,7 +12,7 @@ from ..evidence.claims import Finding
 from ..networks.measures import FLOAT32_FLOOR
 from .cell import Cell
 from .observe import significant
-from .plan import Contrast
+from .plan import Arm, Contrast
 
 # Attention whose entropy is within this of uniform attention's, in every layer, does
 # not tell normalisers apart.
@@ -25,6 +25,9 @@ ABOVE_CHANCE: Final = 3.0
 
 def why_untested(cell: Cell, result: dict[str, Any]) -> str | None:
     """Why a cell cannot test a claim about trained attention; None if it can."""
+    residual = np.array(result["relative_residual"], np.float64)[:, -1]
+    if diverged := int((~np.isfinite(residual).all(axis=1)).sum()):
+        return f"{diverged} of the networks diverged"
     chance = 1 / cell.sizes.num_classes
     error = math.sqrt(chance * (1 - chance) / cell.sizes.num_validation)
     accuracy = np.array(result["validation_accuracy"])
@@ -37,10 +40,17 @@ def why_untested(cell: Cell, result: dict[str, Any]) -> str | None:
     return None
 
 
-def is_at_floor(result: dict[str, Any]) -> bool:
-    """Whether the residual before the last layer is rounding, in the median seed."""
+def is_at_floor(arm: Arm, result: dict[str, Any]) -> bool:
+    """Whether all of a quantity of residuals is rounding, in the median seed."""
+    if not arm.quantity.is_residual:
+        return False
+    return bool(np.median(arm.quantity.of(result)) < math.log10(FLOAT32_FLOOR) + 1e-6)
+
+
+def is_bounded(arm: Arm, result: dict[str, Any]) -> bool:
+    """Whether a part of a quantity of residuals is rounding, in the median seed."""
     residual = np.array(result["relative_residual"], np.float64)[:, -1, -2]
-    return bool(np.median(residual) <= FLOAT32_FLOOR)
+    return arm.quantity.is_residual and bool(np.median(residual) <= FLOAT32_FLOOR)
 
 
 def row(
@@ -61,7 +71,8 @@ def row(
                     why_untested(cell, result)
                     for cell, result in zip(arm.cells, results, strict=True)
                 ],
-                "is_at_floor": [is_at_floor(result) for result in results],
+                "is_at_floor": [is_at_floor(arm, result) for result in results],
+                "is_bounded": [is_bounded(arm, result) for result in results],
                 "accuracy": [
                     float(np.mean(result["validation_accuracy"])) for result in results
                 ],
@@ -73,7 +84,13 @@ def row(
         "claim": contrast.claim,
         "kind": contrast.kind,
         "margin": contrast.margin,
-        "rates": [cell.learning_rate for cell in contrast.arms[0].cells],
+        "rates": [
+            rates[0] if len(set(rates)) == 1 else None
+            for rates in zip(
+                *([cell.learning_rate for cell in arm.cells] for arm in contrast.arms),
+                strict=True,
+            )
+        ],
         "num_missing": missing,
         "arms": arms,
     }
@@ -114,10 +131,16 @@ def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def sums(row: dict[str, Any], rates: Sequence[int]) -> Float[np.ndarray, " S"]:
-    """The sum of the arms by seed, mean over the rates of these numbers."""
+    """The sum of the arms by seed, mean over the rates of these numbers.
+
+    Where arms have different numbers of seeds, the first are those they share.
+    """
+    num = min(len(arm["values"][rate]) for arm in row["arms"] for rate in rates)
     return np.mean(
         [
-            sum(arm["sign"] * np.array(arm["values"][rate]) for arm in row["arms"])
+            sum(
+                arm["sign"] * np.array(arm["values"][rate][:num]) for arm in row["arms"]
+            )
             for rate in rates
         ],
         axis=0,
@@ -188,13 +211,20 @@ def _finding(row, outcome, adjusted):
         for arm in row["arms"]
     )
     at = ", ".join(f"{row['rates'][r]:g}" for r in rates if row["rates"][r])
-    floor = ""
-    if any(arm["is_at_floor"][r] for arm in row["arms"] for r in rates):
-        floor = " Residuals that are rounding count as 4.8e-7, so it is a bound."
+    rest = ""
+    if any(arm["is_bounded"][r] for arm in row["arms"] for r in rates):
+        rest = " Residuals that are rounding count as 4.8e-7, so it is a bound."
+    for r in set(range(len(row["rates"]))) - set(rates):
+        why = ", ".join(
+            f"{arm['name']}: {arm['untested'][r]}"
+            for arm in row["arms"]
+            if arm["untested"][r]
+        )
+        rest += f" Rate {row['rates'][r]} is left out ({why})."
     quantity = row["arms"][0]["quantity"]
     text = (
         f"{quantity[0].upper()}{quantity[1:]}, medians{at and f' at rates {at}'}: "
         f"{arms}. By seed "
-        f"{outcome.shift.text()}, p = {adjusted:.2g} after Holm's correction.{floor}"
+        f"{outcome.shift.text()}, p = {adjusted:.2g} after Holm's correction.{rest}"
     )
     return Finding(claim=row["claim"], verdict=verdict, text=text)

@@ -44,19 +44,20 @@ class Store:
         for number, cell in enumerate(cells, start=1):
             if self.get(cell) is not None:
                 continue
-            lock = filelock.FileLock(
-                self._folder / f".{cell.name}.lock", blocking=False
-            )
+            path = self._folder / f".{cell.name}.lock"
+            lock = filelock.FileLock(path, blocking=False)
             try:
                 lock.acquire()
             except filelock.Timeout:
                 busy.append(cell)
                 continue
-            with lock:
+            try:
                 if self.get(cell) is None:
                     print(f"[{number}/{len(cells)}] {cell.name}", file=sys.stderr)
                     self._write(cell, compute)
-            (self._folder / f".{cell.name}.lock").unlink(missing_ok=True)
+            finally:
+                lock.release()
+            path.unlink(missing_ok=True)
         return [cell for cell in busy if self.get(cell) is None]
 
     def _write(self, cell, compute):

@@ -70,7 +70,7 @@ def _kept(path, make):
                 for name in ("train", "validation")
             }
             about = {k: arrays[k].item() for k in ("name", "num_classes", "vocab_size")}
-    except (FileNotFoundError, zipfile.BadZipFile):
+    except (FileNotFoundError, EOFError, zipfile.BadZipFile):
         data = make()
     else:
         about["vocab_size"] = about["vocab_size"] or None
@@ -113,7 +113,6 @@ def train_and_measure(cell: Cell) -> dict[str, Any]:
         **options,
     )
     losses = losses.reshape(len(losses), sizes.num_observations, -1).mean(axis=2)
-    # A network that diverged has no numbers; JSON holds null for them.
     accuracy = functools.partial(ensemble.accuracy, params=params, examples=validation)
     result = {
         "num_parameters": num_parameters(params) // len(sizes.seeds),
@@ -127,22 +126,28 @@ def train_and_measure(cell: Cell) -> dict[str, Any]:
     # Without skip connections the deeper matrices are uniform but for rounding.
     if cell.layer_norm == "pre" and cell.has_skip:
         result["paths"] = _paths(cell, model, params, measured)
-    return _without_nan(result)
+    return result
 
 
 def _max_entropy(cell, examples):
     """The entropy of uniform attention in nats, mean over the examples."""
     if (lengths := examples.lengths) is None:
         image = examples.inputs.shape[1:3]
-        lengths = [math.prod(side // cell.sizes.patch_size for side in image)]
+        # A stem of strided convolutions rounds up.
+        lengths = [math.prod(-(-side // cell.sizes.patch_size) for side in image)]
     extra = cell.pooling == "class_token"
     return float(np.log(np.asarray(lengths) + extra).mean())
 
 
 def _paths(cell, model, params, examples):
-    """Products of the attention matrices of every seed, from both normalisers."""
+    """Products of the attention matrices of every seed, from both normalisers.
+
+    None if no measured text is without padding.
+    """
     if examples.lengths is not None:
         is_full = examples.lengths == cell.sizes.seq_len
+        if not is_full.any():
+            return None
         examples = examples.take(np.flatnonzero(is_full))
     few = examples.take(slice(NUM_TEXTS))
     logits = measures.attention_logits(
@@ -160,12 +165,3 @@ def _paths(cell, model, params, examples):
         for kind, values in files.by_key(by_seed).items():
             found[f"{kind}, {name}"] = significant(np.array(values))
     return found
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    is_number = isinstance(value, float) and not math.isfinite(value)
-    return None if is_number else value

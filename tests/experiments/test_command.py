@@ -1,5 +1,7 @@
 """The command line: which question runs with which options, and what it refuses."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -8,11 +10,11 @@ from experiments.evidence import files
 from experiments.questions import (
     bounds,
     convergence,
+    demo,
     doubly_exponential,
-    iterations,
-    length,
     paths,
-    rank_decay,
+    step_cost,
+    study,
     swap,
     temperature,
 )
@@ -37,19 +39,35 @@ def configs(monkeypatch):
 
 
 def test_options_change_the_defaults(configs):
-    command.main(["rank_decay"])
-    command.main(["rank_decay", "--depth", "3", "--seeds", "4", "5"])
+    command.main(["swap"])
+    command.main(["swap", "--depth", "3", "--seeds", "4", "5"])
     default, changed = configs
-    assert default == rank_decay.Config()
+    assert default == swap.Config()
     assert (changed.depth, changed.seeds) == (3, (4, 5))
 
 
+def test_sizes_of_the_study_are_options(configs):
+    command.main(["study", "--text.num-steps", "24", "--rates", "0.001", "0.002"])
+    command.main(["study", "--preset", "vit", "--images.seeds", "7"])
+    command.main(["demo", "--sizes.seeds", "3", "--num-iters", "5"])
+    command.main(["step_cost", "--num-rounds", "3"])
+    text, vit, small, timed = configs
+    sizes = dataclasses.replace(study.plan.TEXT, num_steps=24)
+    assert text == study.Config(text=sizes, rates=(0.001, 0.002))
+    images = dataclasses.replace(study.VIT, seeds=(7,))
+    assert vit == dataclasses.replace(study.PRESETS["vit"], images=images)
+    assert small == demo.Config(
+        sizes=dataclasses.replace(demo.SIZES, seeds=(3,)), num_iters=5
+    )
+    assert timed == step_cost.Config(num_rounds=3)
+
+
 def test_quick_has_small_numbers_and_a_folder_of_its_own(configs):
-    command.main(["rank_decay", "--quick", "--depth", "3"])
+    command.main(["paths", "--quick", "--depth", "3"])
     (quick,) = configs
     assert quick.depth == 3
-    assert quick.num_steps == rank_decay.QUICK.num_steps
-    assert quick.output != rank_decay.Config().output
+    assert quick.num_paths == paths.QUICK.num_paths < paths.Config().num_paths
+    assert quick.output != paths.Config().output
 
 
 @pytest.mark.parametrize(
@@ -59,7 +77,6 @@ def test_quick_has_small_numbers_and_a_folder_of_its_own(configs):
         (bounds, "depth", 3),
         (paths, "depth", 4),
         (convergence, "enough", 20),
-        *((question, "num_steps", 7) for question in (iterations, length)),
         *((question, "num_steps", 7) for question in (swap, temperature)),
     ],
 )
@@ -80,37 +97,37 @@ def test_help_names_every_question_in_a_line(capsys):
 
 def test_the_help_of_a_question_has_its_options_and_its_docstring(capsys):
     with pytest.raises(SystemExit):
-        command.main(["rank_decay", "--help"])
+        command.main(["study", "--help"])
     shown = capsys.readouterr().out
-    assert "--num-steps" in shown
-    assert "https://arxiv.org/abs/2103.03404" in shown
+    assert "--text.num-steps" in shown
+    assert "https://arxiv.org/abs/2604.07925" in shown
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_near(capsys):
     with pytest.raises(SystemExit):
-        command.main(["rank_decai"])
-    assert "rank_decay" in capsys.readouterr().err
+        command.main(["temperatur"])
+    assert "temperature" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command.main(["rank_decay", "--num-step", "3"])
+        command.main(["temperature", "--num-step", "3"])
     assert "--num-steps" in capsys.readouterr().err
 
 
 def test_what_was_refused_is_shown_without_a_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        rank_decay, "run", lambda config: rank_decay.Config(depth=config.depth - 99)
+        paths, "run", lambda config: paths.Config(depth=config.depth - 99)
     )
-    with pytest.raises(SystemExit, match="error: depth must be at least 1, got -93"):
-        command.main(["rank_decay"])
+    with pytest.raises(SystemExit, match="error: depth must be at least 1, got -87"):
+        command.main(["paths"])
     missing = tmp_path / "missing" / "a.json"
-    monkeypatch.setattr(rank_decay, "run", lambda config: files.write_json(missing, {}))
+    monkeypatch.setattr(paths, "run", lambda config: files.write_json(missing, {}))
     with pytest.raises(SystemExit, match=r"error: .*No such file.*missing"):
-        command.main(["rank_decay"])
+        command.main(["paths"])
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(rank_decay, "run", lambda config: {}["depth"])
+    monkeypatch.setattr(paths, "run", lambda config: {}["depth"])
     with pytest.raises(KeyError):
-        command.main(["rank_decay"])
+        command.main(["paths"])
 
 
 def test_runs_write_where_git_looks_away():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.networks import digits
-from experiments.questions import iterations, length, swap, temperature
+from experiments.questions import swap, temperature
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_bad_setups_are_refused(setup):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("question", [iterations, swap, temperature, length])
+@pytest.mark.parametrize("question", [swap, temperature])
 def test_quick_runs(question, setup, tmp_path):
     config = dataclasses.replace(
         question.QUICK, data_dir=setup.data_dir, output=tmp_path

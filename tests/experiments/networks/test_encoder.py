@@ -229,6 +229,43 @@ def test_mean_pooling_does_not_see_where_a_doubly_stochastic_plan_sends_values()
     assert same == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("pooling", "num_iters", "is_seen"),
+    [("mean", 200, False), ("class_token", 200, True), ("mean", 0, True)],
+)
+def test_mean_pooling_sees_no_doubly_stochastic_attention(pooling, num_iters, is_seen):
+    """With skip connections and linear layers, the mean token stays what it was.
+
+    It is the mean of x + P x W, and the columns of P sum to 1.
+    """
+    model = text_encoder(
+        num_iters=num_iters, pooling=pooling, layer_norm="none", has_mlp=False
+    )
+    words, lengths = np.arange(6, dtype=np.int32)[None], np.array([6], np.int32)
+    params = text_params(model)
+
+    def logit(params, scale):
+        scaled = model.clone(logit_scale=scale)
+        return scaled.apply({"params": params}, jnp.asarray(words), lengths)[0][0, 0]
+
+    value_and_grad = jax.jit(jax.value_and_grad(logit), static_argnums=1)
+    lengths = jnp.asarray(lengths)
+    value, gradient = value_and_grad(params, 1.0)
+    attention = gradient["layers"]["attention"]
+    size = {name: np.abs(each["kernel"]).max() for name, each in attention.items()}
+    other = jax.jit(logit, static_argnums=1)(params, 0.25)
+    reversed_keys = jax.tree_util.tree_map_with_path(
+        lambda path, x: x[::-1] if "query" in str(path) else x, params
+    )
+    others = [other, value_and_grad(reversed_keys, 1.0)[0]]
+    plans = forward(model, params, words, lengths)[1].plans
+    assert plans[0].std() > 0.05  # Attention is far from uniform.
+    for each in others:
+        assert np.allclose(each, value, rtol=1e-4, atol=1e-4) == (not is_seen)
+    for name in ("query", "key"):
+        assert (size[name] > 1e-3 * size["value"]) == is_seen
+
+
 # What is refused.
 
 

@@ -1,12 +1,16 @@
 """Several seeds trained at once: what they learn, what they share and what differs."""
 
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.encoders import text_encoder
 
-from experiments.data import Examples
-from experiments.networks import ensemble
+from experiments.data import Batch, Examples
+from experiments.networks import ensemble, step
 from experiments.networks.options import Training
 
 
@@ -93,3 +97,55 @@ def test_a_training_that_diverged_is_refused():
     ensemble.require_finite(np.ones((2, 3)), 0.1)
     with pytest.raises(FloatingPointError, match=r"learning_rate=0.1 .* Lower it"):
         ensemble.require_finite(np.array([[1.0, np.nan]]), 0.1)
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_a_batch_in_parts_gives_the_update_of_the_whole_batch(num_parts):
+    model, data = problem()
+    optimization = step.Optimization(num_steps=1, learning_rate=0.1, warmup_fraction=0)
+    params = jax.tree.map(lambda x: x[0], ensemble.init(model, (0,), data))
+    state = step.init_state(optimization, params)
+    few = data.take(slice(8))
+    # The last class is rare: a part differs from the whole.
+    labels = (np.arange(8) == 7).astype(np.int32)
+    batch = Batch(few.inputs, few.lengths, labels, np.ones(8, np.float32))
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def update(num_parts):
+        fixed = (model, optimization, None, step.Skips(), jax.random.key(0))
+        run = functools.partial(step.update, *fixed, num_parts=num_parts)
+        return jax.jit(run)(state, batch)
+
+    (whole, loss), (parts, loss_of_parts) = update(1), update(num_parts)
+    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
+    assert parts.step == whole.step == 1
+    # The optimiser keeps the mean of the gradients, which is compared: Adam divides by
+    # its size, which leaves of a gradient of 0 the sign of a rounding.
+    gradient = lambda state: jax.tree.leaves(state.opt_state[1][0].mu)
+    for one, other in zip(gradient(parts), gradient(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+    assert max(np.abs(g).max() for g in gradient(whole)) > 1e-3
+
+
+def test_training_in_parts_and_seed_by_seed_is_training_at_once(monkeypatch):
+    """A CPU trains one seed after the other, and computes a batch in parts."""
+    model, data = problem()
+    training = Training(seeds=(0, 1), num_steps=6, batch_size=16)
+    params = ensemble.init(model, training.seeds, data)
+    results = []
+    update: Any = ensemble._update
+    try:
+        for is_cpu in (True, False):
+            monkeypatch.setattr(ensemble, "_is_cpu", lambda is_cpu=is_cpu: is_cpu)
+            update.clear_cache()
+            results.append(
+                ensemble.train(model, params, data, training, learning_rate=0.01)
+            )
+    finally:
+        update.clear_cache()
+    (one_by_one, losses), (at_once, expected) = results
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[0, -1] < losses[0, 0] - 0.01
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), one_by_one, at_once
+    )

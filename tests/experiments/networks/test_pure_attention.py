@@ -98,3 +98,12 @@ def test_equal_tokens_have_no_residual_to_follow():
     logs = log10_relative_residual(x, without_queries, 3)
     assert np.isfinite(logs[0])
     assert np.isneginf(logs[1:]).all()
+
+
+def test_plans_are_normalised():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 5))
+    for num_iters, atol in ((0, None), (100, 1e-12)):
+        plan = pure_attention.normalise(logits, num_iters)
+        np.testing.assert_allclose(plan.sum(axis=-1), 1)
+        if atol:
+            np.testing.assert_allclose(plan.sum(axis=-2), 1, atol=atol)

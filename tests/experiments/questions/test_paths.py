@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.networks.options import Network
-from experiments.networks.pure_attention import normalise, random_problem
+from experiments.networks.pure_attention import random_problem
 from experiments.questions import paths
 
 
@@ -29,28 +29,6 @@ def test_paths_add_up_to_the_network():
                 term = plans[layer, head] @ term @ w[layer, head]
         expected[sum(head is not None for head in path)] += term
     np.testing.assert_allclose(by_length, expected)
-
-
-def test_residual_of_products():
-    plans = np.random.default_rng(0).dirichlet(np.ones(6), size=(3, 6))
-    product = plans[2] @ plans[1] @ plans[0]
-    expected = np.linalg.norm(product - product.mean(axis=0)) / np.linalg.norm(product)
-    np.testing.assert_allclose(10 ** paths.log10_residual(plans), expected)
-    # |C| / |I| of the identity, however often; and far below float64 otherwise.
-    identities = np.broadcast_to(np.eye(4), (7, 4, 4))
-    np.testing.assert_allclose(10 ** paths.log10_residual(identities), 0.75**0.5)
-    flat = 0.99 / 4 + 0.01 * identities
-    many = paths.log10_residual(np.concatenate([flat] * 20))
-    np.testing.assert_allclose(many, -280 + np.log10(3**0.5))
-
-
-def test_plans_are_normalised():
-    logits = np.random.default_rng(0).normal(size=(2, 5, 5))
-    for num_iters, atol in ((0, None), (100, 1e-12)):
-        plan = normalise(logits, num_iters)
-        np.testing.assert_allclose(plan.sum(axis=-1), 1)
-        if atol:
-            np.testing.assert_allclose(plan.sum(axis=-2), 1, atol=atol)
 
 
 def test_a_whole_run(tmp_path):

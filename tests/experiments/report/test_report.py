@@ -77,6 +77,19 @@ def test_what_is_missing_is_run_and_all_is_on_the_page(runs, write, tmp_path):
     assert runs == ["two", "one"]
 
 
+def test_further_figures_are_shown_after_the_first(runs, write, tmp_path):
+    folder = tmp_path / "results" / "one"
+    for name in ("one_b.png", "one_a.png", "other.png"):
+        (folder / name).write_bytes(b"")
+    text = write(questions=("one",))
+    shown = [
+        f"![Figure of {stem}](../results/one/{stem}.png)"
+        for stem in ("one", "one_a", "one_b")
+    ]
+    assert "\n\n".join(shown) in text
+    assert "other.png" not in text
+
+
 def test_long_tables_are_folded(tmp_path):
     def text(num_claims):
         finding = {"claim": "a", "verdict": "undecided", "text": "b"}
