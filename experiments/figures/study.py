@@ -57,7 +57,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
             for name, drawn in style.NORMALISERS.items()
             for phase, line in style.PHASES.items()
         ),
-        ncols=4,
+        ncols=4 if len(shown) > 2 else 2,
     )
     return figure
 
