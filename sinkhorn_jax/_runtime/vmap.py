@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
+from .shard_map import varying_like
+
 
 def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
     """Returns `fn(*arrays)`; under `vmap`, the mapped axis joins the leading axis.
@@ -82,6 +84,9 @@ def with_fallback(
     result: Any, is_right: Bool[Array, ""], instead: Callable[[], Any]
 ) -> Any:
     """Returns `result`, replaced by `instead()` where it is not right."""
+    # A constant in the result, such as a number of iterations, does not vary over the
+    # axes of `jax.shard_map`, and the choice of `fallback` does.
+    result = varying_like(result, (result, is_right))
 
     def fallback():
         return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
