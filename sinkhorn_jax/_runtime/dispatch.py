@@ -1,7 +1,8 @@
-"""Tables of implementations, and the selection from them."""
+"""Tables of implementations, the selection from them, and errors in their terms."""
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,24 @@ class Implementation(NamedTuple):
     # The platforms on which it may be taken unasked; None for all. Elsewhere it is not
     # even imported: Pallas' GPU module needs more than JAX installs.
     platforms: tuple[str, ...] | None = None
+    # The platform that its kernels are compiled for; None for all.
+    device: str | None = None
 
     def load(self) -> Any:
-        """The module."""
-        return importlib.import_module(self.module)
+        """The module.
+
+        Raises:
+            ModuleNotFoundError: It needs a package that is not installed.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"The kernels in {self.module} need the package {error.name!r}, which "
+                "is not installed and which JAX does not install by itself. Install "
+                "it, or name another implementation.",
+                name=error.name,
+            ) from error
 
 
 def preferred(
@@ -48,6 +63,18 @@ def preferred(
     )
 
 
+def check_name(table: Mapping[str, Implementation], name: str | None) -> None:
+    """Checks that the table has the name, which may be None.
+
+    Raises:
+        ValueError: The table has no such name.
+    """
+    if name is not None and (not isinstance(name, str) or name not in table):
+        raise ValueError(
+            f"Unknown implementation {name!r}; expected None or one of {list(table)}."
+        )
+
+
 def select(table: Mapping[str, Implementation], name: str | None, problem: Any) -> Any:
     """The module of the named implementation, or for None of the preferred one.
 
@@ -55,14 +82,47 @@ def select(table: Mapping[str, Implementation], name: str | None, problem: Any) 
         ValueError: The table has no such name.
         NotImplementedError: The named implementation cannot run the problem.
     """
+    check_name(table, name)
     if name is None:
         return table[preferred(table, problem)].load()
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(
-            f"Unknown implementation {name!r}; expected None or one of {list(table)}."
-        )
     module = table[name].load()
     reason = module.why_not(problem)
     if reason is not None:
         raise NotImplementedError(f"implementation={name!r} cannot run here: {reason}.")
     return module
+
+
+@contextlib.contextmanager
+def in_terms_of_the_call(
+    table: Mapping[str, Implementation], name: str | None
+) -> Iterator[None]:
+    """Around a call of an implementation: JAX's errors in terms of `implementation`.
+
+    Under a `jit` of the caller, JAX compiles after the call has returned. An error that
+    it raises then is its own.
+
+    Raises:
+        TypeError: The call is differentiated in forward mode and has none.
+        NotImplementedError: Its kernels are for another platform.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"implementation={name!r} has no forward-mode derivative (jvp, jacfwd, "
+            "linearize): its gradient is a closed form in reverse mode. Use "
+            "implementation='reference', which takes every transform."
+        ) from error
+    except ValueError as error:
+        device = None if name is None else table[name].device
+        backend = jax.default_backend()
+        if device in (None, backend) or "interpret mode" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"implementation={name!r} cannot run here: its kernels are for a "
+            f"{str(device).upper()}, and JAX computes on a {backend.upper()}. Use "
+            "implementation=None, which takes one that can. docs/usage.md says how to "
+            "lower a kernel without its device."
+        ) from error

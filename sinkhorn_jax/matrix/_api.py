@@ -5,12 +5,13 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._core.gradient import Exact, Gradient
 from .._core.options import Finish, Options
-from .._runtime.dispatch import Implementation, select
+from .._runtime.arguments import as_array, refuse_no_number
+from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
 from ._problem import Potentials
 from ._validate import validated
 
@@ -23,10 +24,10 @@ MatrixImplementation = Literal["mosaic_gpu", "mosaic_tpu", "scaling", "reference
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
         "mosaic_gpu": Implementation(
-            "sinkhorn_jax.matrix._small.mosaic_gpu", platforms=()
+            "sinkhorn_jax.matrix._small.mosaic_gpu", platforms=(), device="gpu"
         ),
         "mosaic_tpu": Implementation(
-            "sinkhorn_jax.matrix._small.mosaic_tpu", platforms=()
+            "sinkhorn_jax.matrix._small.mosaic_tpu", platforms=(), device="tpu"
         ),
         "scaling": Implementation("sinkhorn_jax.matrix._scaling"),
         "reference": Implementation("sinkhorn_jax.matrix._reference"),
@@ -43,6 +44,7 @@ def sinkhorn(
     where: Bool[Array, "..."] | None = None,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
+    tolerance: float | None = None,
     implementation: MatrixImplementation | None = None,
 ) -> Float[Array, "*batch T S"]:
     r"""Doubly stochastic matrices: for two axes what softmax is for one.
@@ -66,18 +68,26 @@ def sinkhorn(
             `col_marginal` is given, uniform with the same total. Ignored for padding.
         col_marginal: Column sums, positive, broadcast to (..., S), with the total of
             the row sums. Default: uniform, which is T / S without padding or row
-            marginal. Signs and totals are checked where the values are concrete; under
-            `jit` they are preconditions.
+            marginal. Signs and totals are checked where the values are known. They are
+            not under `jit`: totals that differ then pass in silence, the rows sum to
+            theirs, the columns do not approach theirs, and the marginal error of
+            `sinkhorn_potentials` cannot fall below the relative difference.
         where: True for allowed entries; boolean, broadcasts to the logits.
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.
-        gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
+        gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings. The second
+            derivatives of `Truncated` differ between implementations: docs/usage.md
+            says how.
+        tolerance: The marginal error at which a matrix stops, as in
+            `sinkhorn_potentials`, which also tells how far it came. None runs all
+            iterations.
         implementation: None takes "scaling". By name:
 
-            - "scaling": scalings of one kernel matrix, and a closed-form gradient;
-              reverse mode only.
-            - "reference": a log-space scan that JAX differentiates; for forward mode,
-              Hessians and any other transform.
+            - "scaling": scalings of one kernel matrix, and a closed-form gradient.
+              Reverse mode, any number of times: Hessians by `jax.jacrev(jax.grad(f))`
+              are exact.
+            - "reference": a log-space scan that JAX differentiates; for forward mode
+              (`jax.jvp`, `jax.jacfwd`) and any other transform.
             - "mosaic_tpu", "mosaic_gpu": Pallas kernels for TPUs, and for NVIDIA GPUs
               from Hopper on, that compute many matrices of at most 16 rows and columns
               at once. They take float32 and bfloat16, `Exact` and no tolerance; reverse
@@ -87,22 +97,26 @@ def sinkhorn(
         The plan, in the shape and dtype of the logits. Computed in float32 at least.
 
     Raises:
-        TypeError: Logits or marginals are not floating, `where` is not boolean, or
-            `num_iters` is not an integer.
-        ValueError: Shapes disagree or are empty, `num_iters` is negative, `finish` or
-            `implementation` is unknown, or marginals are not positive or differ in
-            total by more than 1e-3 of it.
-        NotImplementedError: The named implementation cannot run this problem.
+        TypeError: Logits or marginals are not floating, `where` is not boolean,
+            `num_iters` is not an integer, or an implementation other than "reference"
+            is differentiated in forward mode.
+        ValueError: Shapes disagree or are empty, `num_iters` or `tolerance` is
+            negative, `finish` or `implementation` is unknown, or marginals are not
+            positive or differ in total by more than 1e-3 of it.
+        NotImplementedError: The named implementation cannot run this problem, or its
+            kernels are for another platform. Under `jit` that is an error of Pallas.
 
     Reference:
         Sinkhorn & Knopp, Pacific J. Math. 21, 1967. Cuturi, Sinkhorn Distances, 2013.
         https://arxiv.org/abs/1306.0895
     """
-    options = Options(num_iters, finish, gradient)
-    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
+    arrays = _as_arrays(logits, row_marginal, col_marginal, where)
+    options = _options(num_iters, finish, gradient, tolerance)
+    problem, matrices = validated(*arrays, options)
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    plan = chosen.plan(problem, matrices)
-    return plan.reshape(jnp.shape(logits)).astype(problem.dtype)
+    with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
+        plan = chosen.plan(problem, matrices)
+    return plan.reshape(arrays[0].shape).astype(problem.dtype)
 
 
 def sinkhorn_potentials(
@@ -149,9 +163,29 @@ def sinkhorn_potentials(
         Peyré & Cuturi, Computational Optimal Transport, 2019, section 4.4.
         https://arxiv.org/abs/1803.00567
     """
-    options = Options(num_iters, finish, gradient, tolerance)
-    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
+    arrays = _as_arrays(logits, row_marginal, col_marginal, where)
+    options = _options(num_iters, finish, gradient, tolerance)
+    problem, matrices = validated(*arrays, options)
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    potentials = chosen.potentials(problem, matrices)
-    batch = jnp.shape(logits)[:-2]
+    with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
+        potentials = chosen.potentials(problem, matrices)
+    batch = arrays[0].shape[:-2]
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), potentials)
+
+
+def _as_arrays(logits, row_marginal, col_marginal, where):
+    def optional(name, x):
+        # As it was given, because under `jit` the values of a result are not known.
+        return x if x is None or isinstance(x, np.ndarray) else as_array(name, x)
+
+    return (
+        as_array("logits", logits),
+        optional("row_marginal", row_marginal),
+        optional("col_marginal", col_marginal),
+        optional("where", where),
+    )
+
+
+def _options(num_iters, finish, gradient, tolerance):
+    refuse_no_number("tolerance", tolerance)
+    return Options(num_iters, finish, gradient, tolerance)

@@ -1,0 +1,58 @@
+"""Checks of arguments that the entry points share: arrays, numbers and sizes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+
+def as_array(name: str, x: Any) -> Array:
+    """The argument as an array of JAX.
+
+    Raises:
+        TypeError: It is None, or nothing that JAX makes an array of.
+    """
+    if isinstance(x, jax.Array):
+        return x
+    if x is None:
+        raise TypeError(f"{name} must be an array, got None: it has no default.")
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array, got {type(x).__name__}, which JAX does not "
+            f"convert: {error}"
+        ) from None
+
+
+def known_values(x: Any) -> np.ndarray | None:
+    """The values of an array; None where they are not known here.
+
+    That is under a transform of JAX, and where other processes hold some of them.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        return None
+    return np.asarray(x) if x.is_fully_addressable else None
+
+
+def refuse_no_number(name: str, value: Any) -> None:
+    """Raises TypeError for text and truth values, which `float` would convert."""
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type(value).__name__}. "
+            "Convert it first."
+        )
+
+
+def are_known(*sizes: Any) -> bool:
+    """Whether all sizes are numbers; `jax.export` may have symbols in their place.
+
+    A comparison of symbols raises an error, so decisions about speed are made without
+    those sizes.
+    """
+    return all(isinstance(size, int) for size in sizes)
