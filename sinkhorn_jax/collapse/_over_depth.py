@@ -1,6 +1,7 @@
 """Measures of all layers of a network in one call."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._runtime.arguments import as_array
 from ._measures import Norm, attention_entropy, relative_residual, token_measures
 
 
@@ -22,8 +24,8 @@ class Measures(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def measures_over_depth(
-    hidden_states: Float[Array, "L *B T D"],
-    plans: Float[Array, "K *P T S"] | None = None,
+    hidden_states: Float[Array, "L *B T D"] | Sequence[Float[Array, "*B T D"]],
+    plans: Float[Array, "K *P T S"] | Sequence[Float[Array, "*P T S"]] | None = None,
     where: Bool[Array, "*#B T"] | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
@@ -35,10 +37,12 @@ def measures_over_depth(
     the temporary memory is that of one layer, whatever the depth.
 
     Args:
-        hidden_states: Tokens after each of L layers, stacked.
-        plans: Attention weights of K layers, stacked; K may differ from L, for instance
-            where the first hidden state is the embedding. Batch axes that the hidden
-            states do not have, such as heads, come right before the last two axes.
+        hidden_states: Tokens after each of L layers: stacked, or a sequence of arrays
+            of one shape, which are stacked here.
+        plans: Attention weights of K layers, likewise; K may differ from L, for
+            instance where the first hidden state is the embedding. Batch axes that the
+            hidden states do not have, such as heads, come right before the last two
+            axes.
         where: True where a token counts, in all layers alike, and where the row of a
             plan counts, in all heads alike.
         dtype: Dtype of the computation and the results; None is as in the single
@@ -50,8 +54,11 @@ def measures_over_depth(
 
     Raises:
         TypeError, ValueError: As in the single functions, or the depth axis is missing,
-            or `dtype` is not float32 or float64, or is float64 without x64.
+            or the arrays of a sequence differ in shape, or `dtype` is not float32 or
+            float64, or is float64 without x64.
     """
+    hidden_states = _stacked("hidden_states", hidden_states)
+    plans = None if plans is None else _stacked("plans", plans)
     _check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
     cast = _cast_to(dtype)
     tokens = lax.map(lambda x: token_measures(cast(x), where), hidden_states)
@@ -75,22 +82,38 @@ def measures_over_depth(
 
 @functools.partial(jax.jit, static_argnames=("norm",))
 def residual_over_depth(
-    hidden_states: Float[Array, "L *B T D"],
+    hidden_states: Float[Array, "L *B T D"] | Sequence[Float[Array, "*B T D"]],
     norm: Norm = "fro",
     where: Bool[Array, "*#B T"] | None = None,
 ) -> Float[Array, " L *B"]:
     """The relative residual of every layer: the curve of rank collapse over depth.
 
     Args:
-        hidden_states: Tokens after each of L layers, stacked.
+        hidden_states: Tokens after each of L layers, stacked or a sequence.
         norm: As in `relative_residual`.
         where: True where a token counts, in all layers alike.
 
     Returns:
         The ratios, with the layers on the first axis.
     """
+    hidden_states = _stacked("hidden_states", hidden_states)
     _check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
     return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
+
+
+def _stacked(name, layers):
+    if not isinstance(layers, Sequence):
+        return as_array(name, layers)
+    arrays = [as_array(f"{name}[{i}]", x) for i, x in enumerate(layers)]
+    kinds = {(x.shape, x.dtype) for x in arrays}
+    if len(kinds) != 1:
+        found = ", ".join(sorted({f"{x.dtype}{list(x.shape)}" for x in arrays}))
+        raise ValueError(
+            f"{name} must have at least one layer, and one shape and dtype for all, "
+            f"got {found or 'no layer'}: all are measured in one compiled loop. "
+            "Measure layers of other shapes in a call of their own."
+        )
+    return jnp.stack(arrays)
 
 
 def _check_depth(name, x, instead):

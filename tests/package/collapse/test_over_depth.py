@@ -185,3 +185,24 @@ over_depth = collapse.measures_over_depth
 def test_errors_say_what_why_and_what_instead(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_a_sequence_of_layers_is_stacked():
+    x, plans = tokens(3, 2, 5, 4), tokens(2, 2, 6, 5, 5)
+    expected = collapse.measures_over_depth(x, plans)
+    for sequence in (list, tuple):
+        out = collapse.measures_over_depth(sequence(x), sequence(plans))
+        chex.assert_trees_all_equal(out, expected)
+        out = collapse.residual_over_depth(sequence(x))
+        chex.assert_trees_all_equal(out, expected.relative_residual["fro"])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_sequence_of_unequal_layers_is_explained():
+    for function in (collapse.measures_over_depth, collapse.residual_over_depth):
+        with pytest.raises(ValueError, match=r"one shape.*\[4, 4\], float64\[5, 4\]"):
+            function([tokens(5, 4), tokens(4, 4)])
+        with pytest.raises(ValueError, match=r"at least one layer.*got no layer"):
+            function([])
+        with pytest.raises(TypeError, match=r"hidden_states\[1\] must be an array"):
+            function([tokens(5, 4), None])
