@@ -6,6 +6,7 @@ from typing import Any, Final
 import jax
 from jaxtyping import Array, Int, Shaped
 
+from .arguments import are_known
 from .shard_map import varying_like
 
 # On a CPU only few matrices are in flight, so that they stay in the cache during the
@@ -17,10 +18,18 @@ TINY_MATRIX_ENTRIES: Final = 32 * 32
 
 
 def matrices_in_flight(batch: int, t: int, s: int, itemsize: int) -> int:
-    """The number of (t, s) matrices in flight: a divisor of `batch`."""
+    """The number of (t, s) matrices in flight: a divisor of `batch`.
+
+    Where `jax.export` has a symbol in place of a size, it is one on a CPU, and all on
+    an accelerator, as under `jax.vmap`.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    if not are_known(batch, t, s):
+        is_tiny = are_known(t, s) and t * s <= TINY_MATRIX_ENTRIES
+        return batch if is_tiny or not on_cpu else 1
     if batch <= 1:
         return 1
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         if t * s <= TINY_MATRIX_ENTRIES:
             return batch
         limit = CPU_BYTES_IN_FLIGHT // (t * s * itemsize)
@@ -33,10 +42,12 @@ def matrices_in_flight(batch: int, t: int, s: int, itemsize: int) -> int:
 def map_matrices(fn: Callable[..., Any], xs: Any, in_flight: int) -> Any:
     """`jax.vmap(fn)(xs)` for `in_flight` matrices at a time, a divisor of them all."""
     batch = jax.tree.leaves(xs)[0].shape[0]
-    if in_flight == 1 and batch > 1:
-        return jax.lax.map(fn, xs)
-    if in_flight >= batch:
+    # An equality of symbols is decided, other comparisons may not be.
+    known = are_known(batch, in_flight)
+    if in_flight >= batch if known else in_flight == batch:
         return jax.vmap(fn)(xs)
+    if in_flight == 1:
+        return jax.lax.map(fn, xs)
     return jax.lax.map(fn, xs, batch_size=in_flight)
 
 
@@ -51,20 +62,20 @@ def map_and_add(
 
     Returns the first parts, and `total` with each second part added at its slot.
     """
-    batch = slots.shape[0]
+    batch, one_by_one = slots.shape[0], in_flight == 1
     total = varying_like(total, xs)
 
     def add(total, inputs):
         xs, slots = inputs
-        out, addend = fn(xs) if in_flight == 1 else jax.vmap(fn)(xs)
+        out, addend = fn(xs) if one_by_one else jax.vmap(fn)(xs)
         return total.at[slots].add(addend), out
 
-    if in_flight > 1:
+    if not one_by_one:
         xs, slots = jax.tree.map(
             lambda x: x.reshape(batch // in_flight, in_flight, *x.shape[1:]),
             (xs, slots),
         )
     total, out = jax.lax.scan(add, total, (xs, slots))
-    if in_flight > 1:
+    if not one_by_one:
         out = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
     return out, total

@@ -12,13 +12,23 @@ from jaxtyping import Array, Bool, Float, Integer
 from .._core.gradient import Exact, Gradient
 from .._core.options import Finish, Options
 from .._core.precision import accum_dtype
-from .._runtime.dispatch import Implementation, select
-from ._problem import Attended, Dropout, Operands, Problem
+from .._runtime.arguments import as_array
+from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
+from ._problem import (
+    Attended,
+    Dropout,
+    Operands,
+    Problem,
+    Valid,
+    valid_rows_and_cols,
+    zero_padding,
+)
 from ._validate import (
     CAUSAL,
     broadcastable,
     check_arrays,
     check_dropout,
+    check_pattern,
     check_scale,
     valid_tokens,
 )
@@ -34,10 +44,10 @@ AttentionImplementation = Literal[
 IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
     {
         "mosaic_gpu": Implementation(
-            "sinkhorn_jax.attention._mosaic_gpu.attend", platforms=()
+            "sinkhorn_jax.attention._mosaic_gpu.attend", platforms=(), device="gpu"
         ),
         "mosaic_tpu": Implementation(
-            "sinkhorn_jax.attention._mosaic_tpu.attend", platforms=()
+            "sinkhorn_jax.attention._mosaic_tpu.attend", platforms=(), device="tpu"
         ),
         "streaming": Implementation("sinkhorn_jax.attention._streaming.attend"),
         "scaling": Implementation("sinkhorn_jax.attention._scaling"),
@@ -46,12 +56,14 @@ IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
 )
 
 
-# For type checkers: the result is a pair only where `return_marginal_error` is True.
+# For type checkers: the result is a pair only where `return_marginal_error` is True,
+# and either where its value is not known to them.
 # fmt: off
 @overload
 def sinkhorn_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None,
-    mask: Array | None = None, *, num_iters: int = 10, scale: float | None = None,
+    mask: Array | None = None, *, num_iters: int = 10,
+    scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
     key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
     dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
@@ -61,13 +73,24 @@ def sinkhorn_attention(
 @overload
 def sinkhorn_attention(
     query: Array, key: Array, value: Array, bias: Array | None = None,
-    mask: Array | None = None, *, num_iters: int = 10, scale: float | None = None,
+    mask: Array | None = None, *, num_iters: int = 10,
+    scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
     key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
     dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[True],
 ) -> tuple[Array, Array]: ...
+@overload
+def sinkhorn_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None,
+    mask: Array | None = None, *, num_iters: int = 10,
+    scale: float | Array | None = None,
+    is_causal: bool = False, query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
+    implementation: AttentionImplementation | None = None, return_marginal_error: bool,
+) -> Array | tuple[Array, Array]: ...
 # fmt: on
 def sinkhorn_attention(
     query: Float[Array, "*B T N H"],  # *B is (B,) or ().
@@ -77,10 +100,10 @@ def sinkhorn_attention(
     mask: Bool[Array, "..."] | None = None,
     *,
     num_iters: int = 10,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Integer[Array, " B"] | None = None,
-    key_value_seq_lengths: Integer[Array, " B"] | None = None,
+    query_seq_lengths: Integer[Array, "..."] | None = None,  # (B,) or ().
+    key_value_seq_lengths: Integer[Array, "..."] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     finish: Finish = "rows",
@@ -101,9 +124,10 @@ def sinkhorn_attention(
 
     A row or column of the logits without an allowed entry is padding: it takes part in
     neither marginal, its output and gradients are zero, and the rest equals the result
-    for the cropped inputs (columns then sum to valid rows / valid columns). Give *both*
-    sequence lengths, or a mask that excludes padded queries as well as padded keys: a
-    mask of the keys alone leaves padded queries in, which pour mass into the columns.
+    for the cropped inputs (columns then sum to valid rows / valid columns), whatever
+    lies in padding, NaN and infinity included. Give *both* sequence lengths, or a mask
+    that excludes padded queries as well as padded keys: a mask of the keys alone leaves
+    padded queries in, which pour mass into the columns.
 
     Args:
         query: Queries. B batch (or no batch axis), T query length, N heads, H head
@@ -111,18 +135,29 @@ def sinkhorn_attention(
         key: Keys. S key length; K heads, a divisor of N.
         value: Values. D may differ from H.
         bias: Added to the logits; up to 4 axes, broadcasts to (B, N, T, S). -inf
-            excludes an entry like the mask. A large negative number does not: in a
-            whole column it cancels, and the column gets its full mass.
+            excludes an entry like the mask, and so does every number of at most half of
+            `jnp.finfo(bias.dtype).min`. Another large negative number, such as -1e9,
+            does not: in a whole column it cancels, and the column gets its full mass.
+            Where the values are known, such a bias warns.
         mask: True where a query may attend to a key; boolean, shaped like `bias`. Where
             the allowed entries admit no doubly stochastic plan the iteration cannot
-            converge, and the marginal error shows it.
+            converge, and the marginal error shows it. A causal mask is an error where
+            its values are known. **Under `jit` they are not**, neither of an argument
+            nor of a mask made there: it then passes in silence, the plan goes towards
+            the identity, and until it is there later tokens leak into earlier ones
+            through the column sums. Make the mask with NumPy, or outside, to have it
+            checked.
         num_iters: Column-then-row normalisations, a Python integer. Time is linear in
             it.
-        scale: Multiplies $QK^\top$; the inverse temperature, a Python number. Default
-            $1/\sqrt{H}$. For a learnt or per-head temperature scale the query.
+        scale: Multiplies $QK^\top$; the inverse temperature. Default $1/\sqrt{H}$. Each
+            value of a Python number is compiled by itself. A scalar array is an operand
+            like the query, with a gradient, for a temperature that is learnt or swept;
+            kernels multiply it into the query, which rounds in 16 bits. For a
+            temperature of each head multiply the query.
         is_causal: Must be False; accepted for the sake of the error that explains why.
-        query_seq_lengths: Valid queries of each batch element; (1,) without batch axis.
-            If only this one is given, all keys count as valid: nothing is guessed.
+        query_seq_lengths: Valid queries of each batch element, or one number for all;
+            from 0 to T, which is checked where the values are known. If only this one
+            is given, all keys count as valid: nothing is guessed.
         key_value_seq_lengths: Valid keys of each batch element; likewise.
         dropout_rate: Probability with which an entry of the plan is dropped, in [0, 1);
             the entries that remain are divided by 1 - rate. A Python number.
@@ -139,12 +174,13 @@ def sinkhorn_attention(
     Implementations:
         "scaling": Allocates a few (T, S) arrays for each head in flight. The fastest
             for num_iters of 1 or more, measured on CPUs only. Takes every argument.
-            Reverse mode only.
+            Reverse mode only, any number of times: `jax.jacrev(jax.grad(f))` is the
+            exact Hessian.
         "streaming": Holds nothing of size (T, S), forward or backward, unless `bias` or
             `mask` has that size itself (then the gradient of the bias has it too).
-            Takes `Exact` and `Truncated`. Reverse mode only.
+            Takes `Exact` and `Truncated`. Reverse mode only, likewise.
         "reference": Plain JAX on all logits at once. Takes every argument and every
-            transform, such as forward mode and Hessians.
+            transform; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) needs it.
         "mosaic_gpu": Pallas kernels for NVIDIA's Hopper GPUs, compiled for them but not
             run on one; only taken by name. Holds T S / 64 numbers for each head. Takes
             bfloat16 and float16, H and D up to 128, up to 64 iterations,
@@ -162,13 +198,16 @@ def sinkhorn_attention(
         finish="columns") before dropout, between 0 and 2, not differentiated.
 
     Raises:
-        TypeError: Wrong dtypes, or `num_iters`, `scale` or `dropout_rate` is not a
-            Python number.
-        ValueError: Shapes disagree or are empty, `is_causal`, a negative `num_iters`,
-            an unknown `finish` or `implementation`, a dropout rate without a key.
-        NotImplementedError: The named implementation cannot run this problem, or the
-            TPU that "mosaic_tpu" is traced for has too little VMEM for its forward
-            kernel; the backward pass raises it for the backward kernel.
+        TypeError: Wrong dtypes, `num_iters`, `scale` or `dropout_rate` is not a number,
+            `dropout_rng` is no key, or an implementation other than "reference" is
+            differentiated in forward mode.
+        ValueError: Shapes disagree or are empty, `is_causal` or a causal mask or bias,
+            a negative `num_iters`, lengths out of range, an unknown `finish` or
+            `implementation`, a dropout rate without a key.
+        NotImplementedError: The named implementation cannot run this problem, its
+            kernels are for another platform (under `jit` that is an error of Pallas),
+            or the TPU that "mosaic_tpu" is traced for has too little VMEM for its
+            forward kernel; the backward pass raises it for the backward kernel.
 
     `local_window_size` and `return_residual` of `jax.nn.dot_product_attention` are not
     offered.
@@ -176,6 +215,10 @@ def sinkhorn_attention(
     Reference:
         Sander et al., Sinkformers, 2022. https://arxiv.org/abs/2110.11773
     """
+    names = "query", "key", "value"
+    query, key, value = map(as_array, names, (query, key, value))
+    has_query_lengths = query_seq_lengths is not None
+    check_pattern(query, key, bias, mask, has_query_lengths=has_query_lengths)
     problem, operands = prepare(
         (query, key, value, bias, mask),
         (query_seq_lengths, key_value_seq_lengths),
@@ -186,7 +229,7 @@ def sinkhorn_attention(
         return_marginal_error=return_marginal_error,
     )
     out, error = attend(problem, operands, implementation)
-    if jnp.ndim(query) == 3:
+    if query.ndim == 3:
         out, error = jax.tree.map(lambda x: x[0], (out, error))
     return out if error is None else (out, error)
 
@@ -194,14 +237,34 @@ def sinkhorn_attention(
 def attend(
     problem: Problem, operands: Operands, implementation: AttentionImplementation | None
 ) -> Attended:
-    """Output and, on request, marginal error, by the named implementation."""
+    """Output and, on request, marginal error, by the named implementation.
+
+    What lies in padding, such as NaN, reaches neither an implementation nor, as a
+    cotangent, its backward pass.
+    """
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    if problem.batch > 0:
-        return chosen.attend(problem, operands)
-    query, value = operands.query, operands.value
-    out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
-    error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
-    return out, error if problem.return_marginal_error else None
+    if problem.batch == 0:
+        query, value = operands.query, operands.value
+        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+        error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
+        return out, error if problem.return_marginal_error else None
+    operands, valid = without_padding(operands)
+    with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
+        out, error = chosen.attend(problem, operands)
+    return out if valid is None else jnp.where(valid.rows, out, 0), error
+
+
+def without_padding(operands: Operands) -> tuple[Operands, Valid | None]:
+    """The operands with zeros for padding, and where there is none."""
+    if operands.bias is None and not operands.masks():
+        return operands, None
+    return _without_padding(operands)
+
+
+@jax.jit
+def _without_padding(operands):
+    valid = valid_rows_and_cols(operands)
+    return zero_padding(operands, valid), valid
 
 
 def prepare(
@@ -210,7 +273,7 @@ def prepare(
     *,
     options: Options,
     dropout: Dropout,
-    scale: float | None,
+    scale: float | Array | None,
     is_causal: bool,
     return_marginal_error: bool,
 ) -> tuple[Problem, Operands]:
@@ -220,13 +283,14 @@ def prepare(
     """
     if is_causal:
         raise ValueError(CAUSAL.format("is_causal=True"))
-    query, key, value = (jnp.asarray(x) for x in arrays[:3])
-    bias, mask = arrays[3:]
+    query, key, value, bias, mask = arrays
     check_arrays(query, key, value)
     dropout_rate = check_dropout(dropout.rate, dropout.rng)
     if query.ndim == 3:
         query, key, value = query[None], key[None], value[None]
     batch, t, num_heads, head_dim = query.shape
+    scale = 1 / math.sqrt(head_dim) if scale is None else check_scale(scale)
+    static, dynamic = (1.0, scale) if isinstance(scale, Array) else (scale, None)
     s, num_key_heads, value_dim = value.shape[1:]
     problem = Problem(
         batch=batch,
@@ -238,7 +302,7 @@ def prepare(
         value_dim=value_dim,
         dtype=query.dtype,
         options=options,
-        scale=1 / math.sqrt(head_dim) if scale is None else check_scale(scale),
+        scale=static,
         dropout_rate=dropout_rate,
         broadcast_dropout=dropout.is_broadcast,
         return_marginal_error=return_marginal_error,
@@ -255,4 +319,5 @@ def prepare(
         valid_tokens("query_seq_lengths", lengths[0], batch, t),
         valid_tokens("key_value_seq_lengths", lengths[1], batch, s),
         dropout.rng if dropout_rate > 0 else None,
+        dynamic,
     )

@@ -71,10 +71,11 @@ class Heads:
         self.problem = problem
         self.dtype = accum_dtype(problem.dtype)
         self.indices = jnp.arange(problem.batch * problem.num_heads)
+        self.scale = _problem.scale_of(problem, operands)
         self._operands, self._masks = operands, operands.masks()
         self._query, self._key, self._value = map(split, operands[:3])
         self._in_flight = in_flight or matrices_in_flight(
-            len(self.indices), problem.t, problem.s, self.dtype.itemsize
+            self.indices.shape[0], problem.t, problem.s, self.dtype.itemsize
         )
 
     @property
@@ -99,7 +100,7 @@ class Heads:
         """
         if dtype not in (None, self.dtype):
             return self._query[head].astype(dtype)
-        return self._query[head].astype(self.dtype) * self.problem.scale
+        return self._query[head].astype(self.dtype) * self.scale
 
     def key(self, head) -> Float[Array, "S H"]:
         return self._key[head // self.problem.groups].astype(self.dtype)
@@ -116,14 +117,14 @@ class Heads:
         batch, n = head // self.problem.num_heads, head % self.problem.num_heads
 
         def part(x):
-            x = x[batch if x.shape[0] > 1 else 0, n if x.shape[1] > 1 else 0]
+            x = x[batch if x.shape[0] != 1 else 0, n if x.shape[1] != 1 else 0]
             if x.shape[0] == 1:
                 return x
             return jax.lax.dynamic_slice_in_dim(x, start, query.shape[0])
 
         logits = dot(query, key_t)
         if query.dtype != self.dtype:
-            logits = logits * self.problem.scale
+            logits = logits * self.scale
         bias, masks = jax.tree.map(part, (self._operands.bias, self._masks))
         return _problem.add_bias_and_masks(logits, bias, masks)
 
@@ -163,7 +164,7 @@ class Heads:
         dout = dout.astype(self.dtype)
         # docs/architecture.md (6); with dropout too, because O has the same factors.
         df = (dout * out).sum(axis=-1)
-        query = self._operands.query.astype(self.dtype) * self.problem.scale
+        query = self._operands.query.astype(self.dtype) * self.scale
 
         def scaled_to_unit(inputs):
             index, history, query_t, cotangent = inputs
@@ -175,12 +176,16 @@ class Heads:
         cotangents = split_transposed(dout), split(df)
         inputs = self.indices, history, split_transposed(query), cotangents
         (dq, dk_t, dv_t), dbias = self._map_and_sum_bias(scaled_to_unit, inputs)
-        dtype = self.problem.dtype
+        dtype, scale = self.problem.dtype, self._operands.scale
+        if scale is not None:
+            dscale = (split(self._operands.query).astype(self.dtype) * dq).sum()
+            scale = dscale.astype(scale.dtype)
         return Operands(
-            query=join(self.problem, dq * self.problem.scale).astype(dtype),
+            query=join(self.problem, dq * self.scale).astype(dtype),
             key=join_to_keys(self.problem, dk_t).astype(dtype),
             value=join_to_keys(self.problem, dv_t).astype(dtype),
             bias=dbias,
+            scale=scale,
         )
 
     def _map_and_sum_bias(self, fn, xs):
@@ -190,9 +195,9 @@ class Heads:
             return map_matrices(fn, xs, self._in_flight)
         batch, n = jnp.divmod(self.indices, self.problem.num_heads)
         slots = jnp.zeros_like(self.indices)
-        if bias.shape[0] > 1:
+        if bias.shape[0] != 1:  # Not >, which a symbolic size does not decide.
             slots = slots + batch * bias.shape[1]
-        if bias.shape[1] > 1:
+        if bias.shape[1] != 1:
             slots = slots + n
         # Added up head by head: all terms together would be B * N times T * S.
         total = jnp.zeros((bias.shape[0] * bias.shape[1], *bias.shape[2:]), self.dtype)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._core.gradient import Exact
-from ._problem import Problem
+from ._problem import Operands, Problem, scale_of
 
 
 def why_not_options(problem: Problem) -> str | None:
@@ -19,6 +19,17 @@ def why_not_options(problem: Problem) -> str | None:
     if not isinstance(problem.options.gradient, Exact):
         return f"it takes gradient=Exact(), got {problem.options.gradient}"
     return None
+
+
+def scale_queries(problem: Problem, operands: Operands) -> Operands:
+    """The operands with a scale that is an array multiplied into the queries.
+
+    A kernel is compiled for one scale. The product is rounded to the queries' dtype.
+    """
+    if operands.scale is None:
+        return operands
+    query = operands.query.astype(jnp.float32) * scale_of(problem, operands)
+    return operands._replace(query=query.astype(problem.dtype), scale=None)
 
 
 def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:

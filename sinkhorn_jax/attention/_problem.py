@@ -25,7 +25,7 @@ class Problem:
     value_dim: int
     dtype: jnp.dtype
     options: Options
-    scale: float
+    scale: float  # 1 where the operands have a scale.
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False  # One mask for all batch elements and heads.
     return_marginal_error: bool = False
@@ -57,6 +57,7 @@ class Operands(NamedTuple):
     query_valid: Bool[Array, "B T"] | None = None
     key_valid: Bool[Array, "B S"] | None = None
     dropout_rng: Array | None = None
+    scale: Float[Array, ""] | None = None  # A scale that is no Python number.
 
     def masks(self) -> list[Bool[Array, "#B #N #T #S"]]:
         """The masks that are not None, with valid queries and keys as masks too."""
@@ -76,17 +77,88 @@ def vary_alike(operands: Operands) -> Operands:
     return varying_like(arrays, arrays)._replace(dropout_rng=operands.dropout_rng)
 
 
+def scale_of(problem: Problem, operands: Operands) -> float | Float[Array, ""]:
+    """The inverse temperature, in the dtype of the logits if it is an array."""
+    if operands.scale is None:
+        return problem.scale
+    return operands.scale.astype(accum_dtype(problem.dtype))
+
+
+def excludes(bias: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Where a bias excludes an entry like -inf.
+
+    Padding is often given as the least finite number of a dtype. In a column of them
+    alone it would cancel. Half of it leaves room for what else was added.
+    """
+    return bias <= float(jnp.finfo(bias.dtype).min) / 2
+
+
 def add_bias_and_masks(
     logits: Float[Array, "*heads T S"],
     bias: Float[Array, "*#heads #T #S"] | None,
     masks: list[Bool[Array, "*#heads #T #S"]],
 ) -> Float[Array, "*heads T S"]:
-    """Logits with bias, -inf where a mask is False."""
+    """Logits with bias, -inf where the bias or a mask excludes an entry."""
     if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
+        biased = logits + bias.astype(logits.dtype)
+        logits = jnp.where(excludes(bias), -jnp.inf, biased)
     for mask in masks:
         logits = jnp.where(mask, logits, -jnp.inf)
     return logits
+
+
+class Valid(NamedTuple):
+    """False for padding, per head."""
+
+    rows: Bool[Array, "#B #T #N 1"]
+    cols: Bool[Array, "#B #S #N 1"]
+
+
+def valid_rows_and_cols(operands: Operands) -> Valid | None:
+    """Queries and keys with an allowed entry; None if nothing can exclude one."""
+    parts = operands.masks()
+    if operands.bias is not None:
+        parts.append(~excludes(operands.bias))
+    if not parts:
+        return None
+    # Parts of rows alone and of columns alone meet without a (T, S) array.
+    rows = cols = jnp.ones((1, 1, 1, 1), jnp.bool_)
+    both = None
+    for part in parts:
+        if part.shape[2] == 1:
+            cols = cols & part
+        elif part.shape[3] == 1:
+            rows = rows & part
+        else:
+            both = part if both is None else both & part
+    if both is not None:
+        rows = cols = both & rows & cols
+        rows, cols = rows.any(axis=3, keepdims=True), cols.any(axis=2, keepdims=True)
+    else:
+        any_row, any_col = (x.any(axis=(2, 3), keepdims=True) for x in (rows, cols))
+        rows, cols = rows & any_col, cols & any_row
+    return Valid(jnp.moveaxis(rows, 1, 2), jnp.transpose(cols, (0, 3, 1, 2)))
+
+
+def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
+    """The operands with 0 for padding, and no gradient there.
+
+    A weight of 0 would not keep NaN and infinity out of a product. A key or value is
+    padding if no head that shares it may attend to it.
+    """
+    if valid is None:
+        return operands
+    rows, cols = valid
+    num_heads, num_key_heads = operands.query.shape[2], operands.key.shape[2]
+    if cols.shape[2] != 1 and num_key_heads != num_heads:
+        groups = cols.reshape(*cols.shape[:2], num_key_heads, -1)
+        cols = groups.any(axis=3, keepdims=True)
+    query, key, value = operands[:3]
+    return operands._replace(
+        query=jnp.where(rows, query, 0),
+        key=jnp.where(cols, key, 0),
+        value=jnp.where(cols, value, 0),
+    )
 
 
 def uniform_marginals(

@@ -41,7 +41,7 @@ def attend(problem: Problem, operands: Operands) -> Attended:
 def explicit_logits(problem: Problem, operands: Operands) -> Float[Array, "B N T S"]:
     """The logits of all heads, -inf where a query may not attend to a key."""
     dtype = accum_dtype(problem.dtype)
-    query = operands.query.astype(dtype) * problem.scale
+    query = operands.query.astype(dtype) * _problem.scale_of(problem, operands)
     key = jnp.repeat(operands.key.astype(dtype), problem.groups, axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=PRECISION)
     return _problem.add_bias_and_masks(logits, operands.bias, operands.masks())

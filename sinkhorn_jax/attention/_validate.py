@@ -1,39 +1,106 @@
 """Checks of the arguments of attention, and the texts of their errors."""
 
 import math
-from typing import Final
+import warnings
+from typing import Any, Final
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from .._core.checks import number
+from .._runtime.arguments import (
+    are_known,
+    as_array,
+    known_values,
+    refuse_no_number,
+)
 
 CAUSAL: Final = (
     "{} leaves the identity as the only doubly stochastic plan, so every "
     "token would attend to itself alone. For causal attention use "
     "jax.nn.dot_product_attention."
 )
+# How a warning about a mask or a bias of the keys alone goes on.
+PADDED_QUERIES: Final = (
+    "leaves padded queries in the plan, and they pour mass into the columns. If "
+    "queries are padded too, give the lengths of both, or use "
+    "nn.make_attention_mask(valid, valid)."
+)
+# A bias of this or less is meant to exclude, unless the logits are as large.
+LOW_BIAS: Final = -1e4
 
 
-def check_scale(scale: float) -> float:
+def check_scale(scale: Any) -> float | Float[Array, ""]:
+    """The scale as a finite Python float, or as a scalar of JAX if it is one."""
+    refuse_no_number("scale", scale)
+    if not isinstance(scale, jax.Array):
+        return static_scale(scale)
+    if scale.ndim > 0 or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(
+            "scale must be a number or a floating scalar array, got shape "
+            f"{scale.shape} and dtype {scale.dtype}. For a temperature of each head or "
+            "token multiply the query instead."
+        )
+    if (value := known_values(scale)) is not None:
+        _check_finite(float(value))
+    return scale
+
+
+def static_scale(scale: Any) -> float:
     """The scale as a finite Python float."""
-    hint = "For a traced or per-head temperature multiply the query instead."
-    if not math.isfinite(scale := number("scale", scale, hint)):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    refuse_no_number("scale", scale)
+    hint = (
+        "Of arrays, sinkhorn_attention takes a scalar; for a temperature of each head "
+        "or token, and in a layer, multiply the query instead."
+    )
+    return _check_finite(number("scale", scale, hint))
+
+
+def _check_finite(scale):
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"scale must be finite, got {scale}: it multiplies the logits."
+        )
     return scale
 
 
 def check_dropout(rate: float, rng: Array | None) -> float:
     """The dropout rate as a Python float."""
+    refuse_no_number("dropout_rate", rate)
     rate = number("dropout_rate", rate)
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}.")
+        raise ValueError(
+            f"dropout_rate must be in [0, 1), got {rate}: it is the probability to "
+            "drop an entry, and what remains is divided by 1 - rate."
+        )
     if rate > 0 and rng is None:
         raise ValueError(
             f"dropout_rate={rate} needs dropout_rng, got None: the mask is "
             "drawn from it. Pass a jax.random.key, or dropout_rate=0."
         )
+    if rng is not None:
+        _check_key(rng)
     return rate
+
+
+def _check_key(rng):
+    if not isinstance(rng, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"dropout_rng must be a jax.random.key, got {rng!r} of type "
+            f"{type(rng).__name__}. Use jax.random.key({rng if rng == 0 else 'seed'})."
+        )
+    is_typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+    if rng.ndim != (0 if is_typed else 1):
+        raise ValueError(
+            "dropout_rng must be one key for the whole call, got keys of shape "
+            f"{rng.shape}. Pass one of them, or use jax.vmap for one in each element."
+        )
+    if not (is_typed or rng.dtype == jnp.uint32):
+        raise TypeError(
+            f"dropout_rng must be a jax.random.key, got an array of {rng.dtype}."
+        )
 
 
 def check_arrays(query: Array, key: Array, value: Array) -> None:
@@ -83,7 +150,7 @@ def broadcastable(
     """The bias or mask, by name, with four axes that are 1 or as in the logits."""
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = as_array(name, x)
     if name == "mask" and x.dtype != jnp.bool_:
         raise TypeError(
             f"mask must be boolean, got {x.dtype}: True marks what a query may attend "
@@ -111,14 +178,84 @@ def valid_tokens(
     """True for the first `lengths` tokens of each batch element."""
     if lengths is None:
         return None
-    lengths = jnp.asarray(lengths)
+    lengths = as_array(name, lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integer, got {lengths.dtype}.")
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"{name} must have shape ({batch},), one length for each batch element, "
-            f"got shape {lengths.shape}."
+        raise TypeError(
+            f"{name} must be integer, got {lengths.dtype}: it counts tokens. For a "
+            "boolean array of valid tokens pass a mask, or its sum over the tokens."
         )
+    if lengths.shape not in ((), (batch,)):
+        raise ValueError(
+            f"{name} must be one length for all, or have shape ({batch},) with one for "
+            f"each batch element, got shape {lengths.shape}."
+        )
+    values = known_values(lengths)
+    if values is not None and are_known(length):
+        wrong = values[(values < 0) | (values > length)]
+        if wrong.size:
+            raise ValueError(
+                f"{name} must be between 0 and the {length} tokens that there are, "
+                f"got {wrong[0]}. Crop the lengths, or check what they belong to."
+            )
     # In int32, because the lengths' own dtype may be too narrow for the positions.
     position = jnp.arange(length, dtype=jnp.int32)
-    return position[None, :] < lengths.astype(jnp.int32)[:, None]
+    lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
+    return position[None, :] < lengths[:, None]
+
+
+def check_pattern(
+    query: Array, key: Array, bias: Any, mask: Any, *, has_query_lengths: bool
+) -> None:
+    """Refuses causal masks, and warns of a bias that is meant to exclude keys alone.
+
+    Only values that are known are examined: not those of an argument of `jit`, nor of a
+    mask that was made under it. It takes bias and mask as the caller gave them, because
+    under `jit` the result of any conversion is not known. The mask has any dtype, and
+    is nonzero where a query may attend.
+    """
+    if query.ndim < 3 or key.ndim < 3:
+        return  # `check_arrays` says what is wrong.
+    t, s = query.shape[-3], key.shape[-3]
+    if not are_known(t, s):
+        return
+    bias, mask = known_values(bias), known_values(mask)
+    if mask is not None:
+        _check_not_causal("mask", mask, lambda x: x != 0, t, s)
+    if bias is not None and jnp.issubdtype(bias.dtype, jnp.floating):
+        _check_not_causal("bias", bias, lambda x: x > LOW_BIAS, t, s)
+        if t > 1:
+            _warn_of_keys_alone(bias, t == s and not has_query_lengths)
+
+
+def _check_not_causal(name, x, allows, t, s):
+    if t == 1 or t != s or x.shape[-2:] != (t, s):
+        return
+    # Most masks show in two of their rows that they are neither triangle.
+    if allows(x[..., 0, 1:]).any() and allows(x[..., -1, :-1]).any():
+        return
+    allowed = allows(x).reshape(-1, t, s).any(axis=0)
+    lower, upper = np.tril(allowed, -1).any(), np.triu(allowed, 1).any()
+    if lower != upper:
+        kind = "causal" if lower else "reversed causal"
+        raise ValueError(CAUSAL.format(f"A {kind} {name}"))
+
+
+def _warn_of_keys_alone(bias, may_have_padded_queries):
+    first = bias if bias.ndim < 2 else bias[..., :1, :]
+    low = first <= LOW_BIAS
+    if not low.any() or not (bias == first).all():
+        return
+    excluded = first <= float(jnp.finfo(bias.dtype).min) / 2
+    if (low & ~excluded).any():
+        value = first[low & ~excluded].max()
+        warnings.warn(
+            f"A bias of {value:g} for a key and all queries does not exclude the key: "
+            "it cancels in the column, which gets its full mass. Use a mask, -inf, or "
+            f"jnp.finfo(jnp.{bias.dtype}).min, and exclude padded queries too.",
+            stacklevel=4,
+        )
+    elif may_have_padded_queries:
+        warnings.warn(
+            f"A bias of keys alone, got shape {bias.shape}, {PADDED_QUERIES}",
+            stacklevel=4,
+        )

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._runtime.vmap import fold_vmap
-from .._pallas_common import to_unit_by_head, why_not_options
+from .._pallas_common import scale_queries, to_unit_by_head, why_not_options
 from .._problem import Operands, Problem, vary_alike
 from . import passes
 from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, padded_dim
@@ -54,7 +54,7 @@ def attend_in(
     problem: Problem, blocks: Blocks, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
     """As `attend`, with blocks that need not be the default ones."""
-    operands = vary_alike(operands)
+    operands = scale_queries(problem, vary_alike(operands))
     rows = _valid(problem.batch, problem.t, operands.query_valid)
     cols = _valid(problem.batch, problem.s, operands.key_valid)
     # A row without any valid column is padding, and so is a column without rows.

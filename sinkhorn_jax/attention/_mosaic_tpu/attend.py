@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from ..._runtime.shard_map import varying_like
 from ..._runtime.vmap import fold_vmap
 from .._heads import join, join_to_keys, split, split_transposed
-from .._pallas_common import to_unit_by_head, why_not_options
+from .._pallas_common import scale_queries, to_unit_by_head, why_not_options
 from .._problem import Attended, Operands, Problem, vary_alike
 from .backward import backward
 from .blocks import check_fits, default_blocks
@@ -40,7 +40,7 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     """
     blocks = tuple(default_blocks(problem, x) for x in ("forward", "backward"))
     check_fits(problem, blocks[0], "forward")
-    operands = vary_alike(operands)
+    operands = scale_queries(problem, vary_alike(operands))
     lengths = varying_like(_lengths(problem, operands), operands.query)
     return _attend(problem, blocks, lengths, operands[:3])
 

@@ -24,6 +24,7 @@ import jax
 
 from ..._core.gradient import Implicit
 from ..._core.precision import accum_dtype
+from ..._runtime.arguments import are_known
 from .._heads import attend_by_head
 from .._problem import Attended, Operands, Problem, vary_alike
 from .backward import backward
@@ -62,5 +63,7 @@ def why_not(problem: Problem) -> str | None:
 
 def prefer(problem: Problem) -> bool:
     """Whether the arrays of the faster `scaling` exceed the memory budget."""
+    if not are_known(problem.t, problem.s):
+        return False
     itemsize = accum_dtype(problem.dtype).itemsize
     return SCALING_TS_ARRAYS * problem.t * problem.s * itemsize > MEMORY_BUDGET

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..._core.precision import dot
+from ..._runtime.arguments import are_known
 from ..._runtime.shard_map import varying_like
 from .._heads import Heads
 from .._problem import Problem
@@ -30,13 +31,19 @@ class Layout(NamedTuple):
 
 
 def choose_layout(problem: Problem) -> Layout:
-    """The layout that suits the device."""
+    """The layout that suits the device.
+
+    Where `jax.export` has a symbol in place of the number of heads, it is one head in
+    flight, and one query block where a length is a symbol.
+    """
     heads = problem.batch * problem.num_heads
+    if not are_known(problem.t, problem.s):
+        return Layout(problem.t, 1)
     row_bytes = problem.s * max(4, problem.dtype.itemsize)
     on_cpu = jax.default_backend() == "cpu"
     limit = (CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES) // row_bytes
     in_flight = 1
-    if not on_cpu:
+    if not on_cpu and are_known(heads):
         # Heads first, because they are independent and query blocks are not.
         most = max(1, limit // min(problem.t, 128))
         in_flight = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
@@ -104,7 +111,7 @@ class QueryBlock:
             return None
         if dbias.shape[1] == 1:
             dlogits = dlogits.sum(axis=1, keepdims=True)
-        if dbias.shape[0] > 1:
+        if dbias.shape[0] != 1:
             return self.put(dbias, dlogits)
         ones = jnp.ones(len(dlogits), dlogits.dtype)
         return dbias + self.sum_rows(ones, dlogits)[None]

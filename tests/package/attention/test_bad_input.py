@@ -1,10 +1,16 @@
 """`sinkhorn_attention` says what is wrong with its arguments."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from support.attention_cases import B, D, H, K, N, S, T, inputs
+from support.attention_cases import PLAIN, B, D, H, K, N, S, T, inputs
 
 from sinkhorn_jax import Exact, sinkhorn_attention
+from sinkhorn_jax.attention import IMPLEMENTATIONS
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+KEY = {"dropout_rate": 0.5, "dropout_rng": KEYS[0]}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -44,11 +50,24 @@ class TestBadInput:
             ({"mask": jnp.ones((B, K, T, S), bool)}, ValueError, "mask must broadcast"),
             ({"query_seq_lengths": jnp.ones(B)}, TypeError, "integer"),
             ({"key_value_seq_lengths": jnp.ones(3, int)}, ValueError, r"shape \(2,\)"),
+            ({"query_seq_lengths": jnp.array([T + 1, 2])}, ValueError, "the 5.*got 6"),
+            ({"key_value_seq_lengths": jnp.array(-1)}, ValueError, "the 7.*got -1"),
+            ({"mask": "all"}, TypeError, "mask must be an array, got str"),
             ({"dropout_rate": 0.1}, ValueError, "needs dropout_rng"),
             ({"dropout_rate": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
-            ({"scale": jnp.ones(N)}, TypeError, "multiply the query"),
-            ({"scale": "big"}, TypeError, "multiply the query"),
+            ({"dropout_rate": "0.1"}, TypeError, "dropout_rate must be a number.*str"),
+            ({"dropout_rate": True}, TypeError, "dropout_rate must be a number.*bool"),
+            (KEY | {"dropout_rng": 0}, TypeError, r"got 0.*Use jax.random.key\(0\)"),
+            (KEY | {"dropout_rng": jnp.ones(2)}, TypeError, "random.key.*float64"),
+            (KEY | {"dropout_rng": KEYS}, ValueError, r"one key.*\(3,\).*jax.vmap"),
+            ({"scale": jnp.ones(N)}, TypeError, r"scale.*\(4,\).*multiply the query"),
+            ({"scale": np.ones(N)}, TypeError, "scale.*multiply the query"),
+            ({"scale": jnp.ones((), int)}, TypeError, "scale.*floating.*int64"),
+            ({"scale": "1.5"}, TypeError, "scale must be a number, got '1.5'"),
+            ({"scale": True}, TypeError, "scale must be a number, got True"),
             ({"scale": float("nan")}, ValueError, "finite"),
+            ({"scale": jnp.asarray(jnp.inf)}, ValueError, "finite"),
+            ({"finish": "cols"}, ValueError, "finish must be one of.*'cols'"),
         ],
     )
     def test_options(self, options, error, says):
@@ -61,3 +80,96 @@ class TestBadInput:
             sinkhorn_attention(query.astype(int), key, value)
         with pytest.raises(TypeError, match="one dtype"):
             sinkhorn_attention(query, key.astype("float32"), value)
+
+    @pytest.mark.parametrize("name", ["query", "key", "value"])
+    def test_missing_arrays(self, name):
+        arrays = dict(zip(("query", "key", "value"), inputs(), strict=True))
+        with pytest.raises(TypeError, match=f"{name} must be an array, got None"):
+            sinkhorn_attention(**(arrays | {name: None}))
+
+
+@pytest.mark.usefixtures("unchecked")  # NumPy arrays are not annotated.
+class TestCausal:
+    """Wherever the values of a mask or bias are known."""
+
+    mask = np.tri(T, dtype=bool)
+    says = "identity as the only doubly stochastic plan.*dot_product_attention"
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"mask": mask},
+            {"mask": np.broadcast_to(mask, (B, 1, T, T)) & (np.arange(T) < 3)},
+            {"mask": mask.T},
+            {"bias": np.where(mask, 0, -np.inf)},
+            {"bias": np.where(mask, 0, -1e9)[None]},
+        ],
+        ids=["mask", "with padding", "reversed", "bias", "large negative bias"],
+    )
+    def test_is_explained(self, options):
+        query, key, value = inputs(s=T)
+        (name, x), *_ = options.items()
+        for known in (x, jnp.asarray(x)):
+            with pytest.raises(ValueError, match=self.says):
+                sinkhorn_attention(query, key, value, **{name: known})
+            # A constant of a compiled function is known there too.
+            attend = lambda query, x=known: sinkhorn_attention(
+                query, key, value, **{name: x}
+            )
+            with pytest.raises(ValueError, match=f"A.*causal {name}.*{self.says}"):
+                jax.jit(attend)(query)
+
+    def test_other_patterns_are_not(self):
+        query, key, value = inputs(s=T)
+        blocks = np.kron(np.eye(2, dtype=bool), np.ones((3, 3), bool))[:T, :T]
+        causal_in_one_element = np.stack(
+            [self.mask, ~self.mask | np.eye(T, dtype=bool)]
+        )
+        for mask in (blocks, np.eye(T, dtype=bool), causal_in_one_element[:, None]):
+            sinkhorn_attention(query, key, value, mask=mask, num_iters=1)
+        sinkhorn_attention(*inputs(), mask=np.tri(T, S, dtype=bool), num_iters=1)
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, None])
+def test_forward_mode_names_the_implementation_that_has_it(implementation):
+    query, key, value = inputs()
+
+    def attend(query):
+        return sinkhorn_attention(
+            query, key, value, num_iters=1, implementation=implementation
+        )
+
+    def tangent():
+        return jax.jvp(attend, (query,), (jnp.ones_like(query),))[1]
+
+    if implementation == "reference":
+        step = 1e-6
+        slope = (attend(query + step) - attend(query - step)) / (2 * step)
+        np.testing.assert_allclose(tangent(), slope, atol=1e-8)
+        return
+    says = "no forward-mode.*Use implementation='reference'"
+    with pytest.raises(TypeError, match=says):
+        tangent()
+    with pytest.raises(TypeError, match=says):
+        jax.jacfwd(attend)(query)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is about a CPU")
+@pytest.mark.parametrize("name", [x for x in IMPLEMENTATIONS if x not in PLAIN])
+def test_kernels_on_a_cpu_say_what_they_are_for(name):
+    operands = inputs("bfloat16")
+    says = rf"{name}.*for a {name[-3:].upper()}, and JAX computes on a CPU.*usage\.md"
+    with pytest.raises(NotImplementedError, match=says):
+        sinkhorn_attention(*operands, implementation=name)
+
+
+def test_one_length_for_all_and_lengths_under_vmap():
+    operands = inputs()
+    attend = lambda length, *operands: sinkhorn_attention(
+        *operands, query_seq_lengths=length, key_value_seq_lengths=length
+    )
+    out = jax.vmap(attend)(jnp.array([3, 5]), *operands)
+    expected = attend(jnp.array([3, 5]), *operands)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
+    same = attend(jnp.array(3), *operands)
+    np.testing.assert_allclose(same[0], expected[0], atol=1e-12)
