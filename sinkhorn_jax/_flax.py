@@ -10,15 +10,22 @@ from typing import Any, Final, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Gradient
 from ._core.options import Finish, Options
-from .attention._api import AttentionImplementation, attend, prepare
+from ._runtime.arguments import as_array, known_values
+from ._runtime.dispatch import check_name
+from .attention._api import (
+    IMPLEMENTATIONS,
+    AttentionImplementation,
+    attend,
+    prepare,
+    without_padding,
+)
 from .attention._problem import Dropout
 from .attention._reference import explicit_logits
-from .attention._validate import CAUSAL, check_scale
+from .attention._validate import PADDED_QUERIES, check_pattern, static_scale
 from .matrix import sinkhorn
 
 SINGLE_QUERY: Final = (
@@ -34,6 +41,7 @@ class LayerMask(NamedTuple):
     query_seq_lengths: Integer[Array, "..."] | None = None  # Broadcast to *batch.
     key_value_seq_lengths: Integer[Array, "..."] | None = None
     sow_error: Callable[[Array], Any] | None = None
+    plan_options: "PlanOptions | None" = None  # Instead of those of the function.
 
     def of_self_attention(self) -> "LayerMask":
         """Mask and lengths for self-attention: queries and keys are the same tokens.
@@ -45,9 +53,13 @@ class LayerMask(NamedTuple):
         if lengths is None:
             lengths = self.query_seq_lengths
         if mask is not None:
-            mask = jnp.atleast_2d(jnp.asarray(mask).astype(bool))
+            values = known_values(mask)
+            # With NumPy where possible: values stay known, to be examined, under `jit`.
+            numpy: Any = jnp if values is None else np
+            mask = as_array("mask", mask) if values is None else values
+            mask = numpy.atleast_2d(mask.astype(bool))
             if mask.shape[-2] == 1:
-                mask = mask & jnp.swapaxes(mask, -1, -2)
+                mask = mask & numpy.swapaxes(mask, -1, -2)
         return self._replace(mask=mask, key_value_seq_lengths=lengths)
 
 
@@ -64,7 +76,8 @@ class PlanOptions:
     def __post_init__(self):
         _ = self.iteration  # Made for its checks.
         if self.scale is not None:
-            object.__setattr__(self, "scale", check_scale(self.scale))
+            object.__setattr__(self, "scale", static_scale(self.scale))
+        check_name(IMPLEMENTATIONS, self.implementation)
 
     @property
     def iteration(self) -> Options:
@@ -88,9 +101,14 @@ class PlanOptions:
         of that shape, without dropout, made from explicit logits.
         """
         masks = mask if isinstance(mask, LayerMask) else LayerMask(mask)
-        mask, *lengths, sow_error = masks
+        mask, *lengths, sow_error, _ = masks
+        if mask is not None and not hasattr(mask, "shape"):
+            mask = as_array("mask", mask)
+        has_query_lengths = lengths[0] is not None
         if mask is not None:
-            _check_mask(mask, query.shape[-3], key.shape[-3])
+            _check_mask(mask, query.shape[-3], key.shape[-3], has_query_lengths)
+        check_pattern(query, key, bias, mask, has_query_lengths=has_query_lengths)
+        if mask is not None:
             mask = jnp.asarray(mask).astype(bool)
         batch = query.shape[:-3]
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
@@ -111,6 +129,7 @@ class PlanOptions:
         )
         out, error = attend(problem, operands, self.implementation)
         if sow_plan is not None:
+            operands, _ = without_padding(operands)
             plan = self._plan(explicit_logits(problem, operands))
             sow_plan(plan.reshape(*batch, *plan.shape[1:]))
         if sow_error is not None and error is not None:
@@ -130,22 +149,15 @@ class PlanOptions:
         )
 
 
-def _check_mask(mask, t, s):
+def _check_mask(mask, t, s, has_query_lengths):
     if t == 1 and s > 1:
         raise ValueError(SINGLE_QUERY.format(f"A mask with one query for {s} keys"))
     shape = (1,) * (2 - mask.ndim) + mask.shape
-    if t == s and shape[-2:] == (1, s):
+    if t == s and shape[-2:] == (1, s) and not has_query_lengths:
         warnings.warn(
-            f"A mask of keys alone, got shape {mask.shape}, leaves padded queries in "
-            "the plan, and they pour mass into the columns. If queries are padded too, "
-            "use nn.make_attention_mask(valid, valid).",
+            f"A mask of keys alone, got shape {mask.shape}, {PADDED_QUERIES}",
             stacklevel=3,
         )
-    if isinstance(mask, Tracer) or t != s or mask.shape[-2:] != (t, s):
-        return
-    allowed = np.asarray(mask).astype(bool).reshape(-1, t, s).any(axis=0)
-    if np.tril(allowed, -1).any() and not np.triu(allowed, 1).any():
-        raise ValueError(CAUSAL.format("A causal mask"))
 
 
 def _with_one_batch_axis(name, x, batch):

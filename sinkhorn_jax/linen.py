@@ -34,7 +34,8 @@ def attention_fn(
 
     Args:
         num_iters: Sinkhorn iterations; 0 is softmax attention.
-        scale: Multiplies the products of queries and keys; default 1/sqrt(H).
+        scale: Multiplies the products of queries and keys; a Python number, default
+            1/sqrt(H).
         finish: As in `sinkhorn_attention`; likewise the arguments after it.
         gradient: The derivative.
         implementation: The implementation.
@@ -42,10 +43,17 @@ def attention_fn(
     Returns:
         A function with the arguments of `nn.dot_product_attention`.
     """
-    plan_options = PlanOptions(num_iters, scale, finish, gradient, implementation)
+    return _AttentionFn(PlanOptions(num_iters, scale, finish, gradient, implementation))
+
+
+# A class of the module, so that it can be pickled and compared.
+@dataclasses.dataclass(frozen=True)
+class _AttentionFn:
+    plan_options: PlanOptions
 
     # Flax passes the arguments that this signature names.
-    def sinkhorn_attention_fn(
+    def __call__(
+        self,
         query: Float[Array, "*batch T N H"],
         key: Float[Array, "*batch S N H"],
         value: Float[Array, "*batch S N D"],
@@ -62,9 +70,8 @@ def attention_fn(
         rate = 0.0 if deterministic else dropout_rate
         dropout = Dropout(rate, dropout_rng, broadcast_dropout)
         sow_plan = None if module is None else _sow(module, "attention_weights")
-        return plan_options.attend(query, key, value, bias, mask, dropout, sow_plan)
-
-    return sinkhorn_attention_fn
+        options = self.plan_options
+        return options.attend(query, key, value, bias, mask, dropout, sow_plan)
 
 
 def _sow(module, name):
@@ -76,7 +83,16 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
 
     It has the attributes, parameters and call of `nn.MultiHeadDotProductAttention`, and
     attributes for Sinkhorn besides. Parameters trained with either layer load into the
-    other.
+    other under the same name. In a network that leaves the names to Flax, the name
+    follows the class, so a layer that takes the place of softmax attention must be
+    given the old one:
+
+        MultiHeadSinkhornAttention(8, name="MultiHeadDotProductAttention_0")
+
+    Flax's own layer with `attention_fn=attention_fn(10)` keeps its name by itself.
+
+    A causal mask is an error where its values are known. One that is made under `jit`,
+    or is an argument of it, passes in silence: see `sinkhorn_attention`.
     `attention_fn` cannot be set, and `decode=True` is refused at the call, because the
     plan of a single query is uniform. `inputs_kv`, which Flax deprecates, is left out.
 
@@ -125,7 +141,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             inputs_q: Tokens that become queries.
             inputs_k: Tokens that become keys; None for `inputs_q`.
             inputs_v: Tokens that become values; None for `inputs_k`.
-            mask: Nonzero where a query may attend to a key.
+            mask: Nonzero where a query may attend to a key; not causal.
             query_seq_lengths: Valid tokens of `inputs_q`.
             key_value_seq_lengths: Valid tokens of `inputs_k`.
             deterministic: Whether to leave dropout out.

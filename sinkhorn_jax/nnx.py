@@ -42,7 +42,8 @@ def attention_fn(
 
     Args:
         num_iters: Sinkhorn iterations; 0 is softmax attention.
-        scale: Multiplies the products of queries and keys; default 1/sqrt(H).
+        scale: Multiplies the products of queries and keys; a Python number, default
+            1/sqrt(H).
         finish: As in `sinkhorn_attention`.
         gradient: As in `sinkhorn_attention`.
         implementation: As in `sinkhorn_attention`.
@@ -55,15 +56,17 @@ def attention_fn(
         ValueError: As for `sinkhorn_attention`. At the call also for `is_causal`, a
             causal mask, and a mask with a single query, as in decoding, whose plan is
             uniform whatever the logits. A causal mask is recognised where its values
-            are known: a traced one, under `jit` as an argument, cannot be examined.
+            are known. One that is made under `jit`, or is an argument of it, cannot be
+            examined: it passes in silence, and later tokens leak into earlier ones.
     """
     return _AttentionFn(PlanOptions(num_iters, scale, finish, gradient, implementation))
 
 
-# A dataclass, because two layers are the same to nnx if their attributes are equal.
+# A dataclass, because two layers are the same to nnx if their attributes are equal, and
+# of the module, so that it can be pickled.
 @dataclasses.dataclass(frozen=True)
 class _AttentionFn:
-    plan_options: PlanOptions
+    plan_options: PlanOptions | None  # None where a layer passes them with the mask.
 
     def __call__(
         self,
@@ -87,7 +90,14 @@ class _AttentionFn:
         rate = 0.0 if deterministic else dropout_rate
         dropout = Dropout(rate, dropout_rng, broadcast_dropout)
         sow_plan = None if module is None else _sow(module, "attention_weights")
-        return self.plan_options.attend(
+        options = mask.plan_options if isinstance(mask, LayerMask) else None
+        options = options or self.plan_options
+        if options is None:
+            raise TypeError(
+                "The attention function of a MultiHeadSinkhornAttention takes its "
+                "options from that layer. Use sinkhorn_jax.nnx.attention_fn instead."
+            )
+        return options.attend(
             query, key, value, bias, mask, dropout, sow_plan, is_causal
         )
 
@@ -100,7 +110,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
     """Multi-head attention whose weights are doubly stochastic.
 
     It has the arguments, parameters and call of `nnx.MultiHeadAttention`, and arguments
-    for Sinkhorn besides. Parameters trained with either layer load into the other.
+    for Sinkhorn besides. Parameters trained with either layer load into the other:
+    `nnx.update(layer, nnx.state(softmax_layer, nnx.Param))`.
     `attention_fn` is no argument, and `decode=True` is refused, because the plan of a
     single query is uniform.
 
@@ -108,7 +119,16 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
     self-attention, where `inputs_k` is left out, queries and keys are the same tokens:
     `query_seq_lengths` then stand for both, and a mask of the keys alone (one row, as
     (B, 1, 1, S)) excludes the padded queries as well.
+
+    The options are attributes of the same names: `layer.set_attributes(num_iters=20)`
+    changes those of a layer and of all layers in it.
     """
+
+    num_iters: int
+    scale: float | None
+    finish: Finish
+    gradient: Gradient
+    implementation: AttentionImplementation | None
 
     def __init__(
         self,
@@ -143,11 +163,11 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
                 "cannot be given. To choose one use nnx.MultiHeadAttention."
             )
         plan_options = PlanOptions(num_iters, scale, finish, gradient, implementation)
-        options = {
-            "decode": False,
-            "attention_fn": _AttentionFn(plan_options),
-        } | options
-        super().__init__(*args, **options)
+        super().__init__(
+            *args, **({"decode": False, "attention_fn": _AttentionFn(None)} | options)
+        )
+        for field in dataclasses.fields(plan_options):
+            setattr(self, field.name, getattr(plan_options, field.name))
 
     def __call__(
         self,
@@ -169,7 +189,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             inputs_k: Tokens that become keys; None for `inputs_q`.
             inputs_v: Tokens that become values; None for `inputs_k`.
             mask: Nonzero where a query may attend to a key, of any dtype; broadcasts to
-                (*batch, N, T, S).
+                (*batch, N, T, S). It must not be causal, which is an error where its
+                values are known: not under `jit`, unless it is a constant there.
             query_seq_lengths: Valid tokens of `inputs_q`; broadcasts to *batch.
             key_value_seq_lengths: Valid tokens of `inputs_k`. If only this one is
                 given, all queries count as valid.
@@ -191,7 +212,12 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         if self.decode if decode is None else decode:
             raise ValueError(SINGLE_QUERY.format("decode=True"))
         sow_error = _sow(self, "marginal_error") if sow_marginal_error else None
-        masks = LayerMask(mask, query_seq_lengths, key_value_seq_lengths, sow_error)
+        names = (field.name for field in dataclasses.fields(PlanOptions))
+        masks = LayerMask(
+            *(mask, query_seq_lengths, key_value_seq_lengths, sow_error),
+            # As they are now: `set_attributes` changes them.
+            PlanOptions(**{name: getattr(self, name) for name in names}),
+        )
         if inputs_k is None:
             masks = masks.of_self_attention()
         as_mask: Any = masks  # Flax passes it on to the attention function.

@@ -1,5 +1,7 @@
 """`sinkhorn_jax.linen.attention_fn` in Flax's own multi-head layer."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from flax import linen as nn
 from support import reference
 
-from sinkhorn_jax import sinkhorn_attention
+from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax.linen import attention_fn
 
 HEADS, FEATURES, T = 2, 8, 6
@@ -146,3 +148,68 @@ def test_causal_masks_and_decoding_are_explained():
 def test_bad_options_are_refused_when_the_function_is_made():
     with pytest.raises(ValueError, match="negative"):
         attention_fn(-1)
+
+
+def test_the_function_can_be_pickled_and_compared():
+    function = attention_fn(3, gradient=Truncated(2), finish="columns")
+    restored = pickle.loads(pickle.dumps(function))
+    assert restored == function
+    assert hash(restored) == hash(function)
+    assert attention_fn(4) != attention_fn(3)
+    x, parameters = inputs(3)
+    outs = [
+        nn.MultiHeadDotProductAttention(HEADS, attention_fn=f).apply(parameters, x)
+        for f in (function, restored)
+    ]
+    chex.assert_trees_all_equal(*outs)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"implementation": "flash"}, ValueError, r"'flash'.*scaling.*reference"),
+        ({"scale": "1.5"}, TypeError, "scale must be a number, got '1.5'"),
+        ({"scale": jnp.ones(HEADS)}, TypeError, "scale.*multiply the query"),
+        ({"gradient": "exact"}, TypeError, "instance of Exact"),
+    ],
+)
+def test_wrong_options_are_refused_when_the_function_is_made(options, error, says):
+    with pytest.raises(error, match=says):
+        attention_fn(**options)
+
+
+@pytest.mark.usefixtures("unchecked")  # NumPy arrays are not annotated.
+def test_a_causal_mask_that_is_a_constant_of_jit_is_explained():
+    x, parameters = inputs(3)
+    causal = nn.make_causal_mask(jnp.ones((3, T)))
+    for mask in (causal, np.asarray(causal), causal.astype(bool)):
+        with pytest.raises(ValueError, match="identity as the only doubly stochastic"):
+            jax.jit(lambda x, mask=mask: layer().apply(parameters, x, mask=mask))(x)
+
+
+def test_a_bias_of_the_keys_alone_warns():
+    query = jax.random.normal(jax.random.key(0), (3, T, HEADS, 4))
+    valid = jnp.arange(T) < 4
+    bias = jnp.where(valid, 0, float(jnp.finfo("float32").min)).astype("float32")
+    with pytest.warns(UserWarning, match="pour mass into the columns"):
+        out = attention_fn(3)(query, query, query, bias[None, None, None])
+    cropped = attention_fn(3)(query, query[:, :4], query[:, :4])
+    chex.assert_trees_all_close(out, cropped, atol=1e-12)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 3e38])
+def test_junk_in_padding_reaches_neither_outputs_nor_the_sown_plan(junk):
+    x, parameters = inputs(3)
+    bound = layer().bind(parameters, mutable=["intermediates"])
+
+    def attend(x):
+        query = x.reshape(3, T, HEADS, FEATURES // HEADS)
+        return attention_fn(3)(query, query, query, mask=padding_mask(3), module=bound)
+
+    out, pull_back = jax.vjp(attend, x.at[:, 4:].set(junk))
+    expected, pull_clean = jax.vjp(attend, x)
+    chex.assert_trees_all_equal(out, expected)
+    (dx,), (clean,) = pull_back(out), pull_clean(out)
+    chex.assert_trees_all_equal(dx, clean)
+    assert (dx[:, 4:] == 0).all()

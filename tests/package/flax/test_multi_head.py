@@ -1,5 +1,7 @@
 """`MultiHeadSinkhornAttention` of linen and nnx: one suite, the frameworks as cases."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -222,6 +224,8 @@ def test_bad_input_is_explained(framework):
     causal = linen.make_causal_mask(jnp.ones((1, T)))
     with pytest.raises(ValueError, match="identity as the only doubly stochastic"):
         layer(tokens(), mask=causal)
+    with pytest.raises(ValueError, match="identity as the only doubly stochastic"):
+        jax.jit(lambda x: layer(x, mask=causal))(tokens())  # Known there too.
     with pytest.raises(ValueError, match="inputs_k"):
         layer(tokens(), None, tokens())
 
@@ -297,6 +301,49 @@ def test_nnx_modes_and_missing_keys_of_dropout():
     )
     with pytest.raises(ValueError, match="rngs"):
         bare(tokens(), deterministic=False)
+
+
+def test_nnx_options_are_attributes_that_can_be_set():
+    class Network(nnx.Module):
+        def __init__(self, **options):
+            self.first, self.second = (
+                Nnx.sinkhorn(HEADS, FEATURES, rngs=nnx.Rngs(i), **options)
+                for i in range(2)
+            )
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    call = nnx.jit(lambda network, x: network(x))
+    network, x = Network(num_iters=1, implementation="reference"), tokens()
+    before = call(network, x)
+    changed = {"num_iters": 7, "scale": 2.0, "finish": "columns"}
+    network.set_attributes(**changed)
+    expected = Network(**changed, implementation="reference")(x)
+    chex.assert_trees_all_close(call(network, x), expected, atol=1e-6)
+    assert abs(before - expected).max() > 1e-4
+    network.set_attributes(num_iters=-1)
+    with pytest.raises(ValueError, match="negative, got -1"):
+        network(x)
+
+
+def test_linen_layers_need_the_name_of_the_class_that_they_replace():
+    class Block(linen.Module):
+        layer: Any
+        options: dict
+
+        @linen.compact
+        def __call__(self, x):
+            return x + self.layer(HEADS, **self.options)(x)
+
+    x = tokens()
+    softmax = Block(Linen.softmax, {})
+    trained = softmax.init(jax.random.key(0), x)
+    name = {"name": "MultiHeadDotProductAttention_0"}
+    same = Block(Linen.sinkhorn, {"num_iters": 0} | name)
+    chex.assert_trees_all_close(
+        same.apply(trained, x), softmax.apply(trained, x), atol=1e-6
+    )
 
 
 def test_nnx_layers_train_under_jit():

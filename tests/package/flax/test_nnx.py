@@ -1,5 +1,7 @@
 """`sinkhorn_jax.nnx.attention_fn` in Flax's own multi-head layer."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,3 +84,17 @@ def test_causal_attention_and_decoding_are_explained():
 def test_bad_options_are_refused_when_the_function_is_made():
     with pytest.raises(ValueError, match="negative"):
         attention_fn(-1)
+
+
+def test_the_function_can_be_pickled_and_compared():
+    function = attention_fn(3, finish="columns")
+    restored = pickle.loads(pickle.dumps(function))
+    assert restored == function
+    outs = [layer(attention_fn=f)(tokens(3)) for f in (function, restored)]
+    chex.assert_trees_all_equal(*outs)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_implementation_is_refused_when_the_function_is_made():
+    with pytest.raises(ValueError, match=r"'flash'.*scaling.*reference"):
+        attention_fn(implementation="flash")
