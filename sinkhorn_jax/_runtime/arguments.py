@@ -1,12 +1,16 @@
 """Checks of arguments that the entry points share: arrays, numbers and sizes."""
 
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
+
+# Of an array that an accelerator holds, to look for a wrong argument: a mask of
+# 4096 x 4096 tokens.
+MAX_FETCHED_BYTES: Final = 2**24
 
 
 def as_array(name: str, x: Any) -> Array:
@@ -31,13 +35,17 @@ def as_array(name: str, x: Any) -> Array:
 def known_values(x: Any) -> np.ndarray | None:
     """The values of an array; None where they are not known here.
 
-    That is under a transform of JAX, and where other processes hold some of them.
+    That is under a transform of JAX, where other processes hold some of them, and where
+    they are many on an accelerator, from which they would have to be fetched.
     """
     if isinstance(x, np.ndarray):
         return x
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
-    return np.asarray(x) if x.is_fully_addressable else None
+    if not x.is_fully_addressable:
+        return None
+    on_cpu = all(device.platform == "cpu" for device in x.devices())
+    return np.asarray(x) if on_cpu or x.nbytes <= MAX_FETCHED_BYTES else None
 
 
 def refuse_no_number(name: str, value: Any) -> None:

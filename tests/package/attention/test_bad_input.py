@@ -57,7 +57,7 @@ class TestBadInput:
             ({"dropout_rate": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
             ({"dropout_rate": "0.1"}, TypeError, "dropout_rate must be a number.*str"),
             ({"dropout_rate": True}, TypeError, "dropout_rate must be a number.*bool"),
-            (KEY | {"dropout_rng": 0}, TypeError, r"got 0.*Use jax.random.key\(0\)"),
+            (KEY | {"dropout_rng": 0}, TypeError, r"got 0.*Use jax.random.key\(seed\)"),
             (KEY | {"dropout_rng": jnp.ones(2)}, TypeError, "random.key.*float64"),
             (KEY | {"dropout_rng": KEYS}, ValueError, r"one key.*\(3,\).*jax.vmap"),
             ({"scale": jnp.ones(N)}, TypeError, r"scale.*\(4,\).*multiply the query"),
@@ -128,6 +128,14 @@ class TestCausal:
         for mask in (blocks, np.eye(T, dtype=bool), causal_in_one_element[:, None]):
             sinkhorn_attention(query, key, value, mask=mask, num_iters=1)
         sinkhorn_attention(*inputs(), mask=np.tri(T, S, dtype=bool), num_iters=1)
+
+    @pytest.mark.parametrize(("rows", "cols"), [(1, 4), (4, 1), (1, 1)])
+    def test_padding_that_leaves_one_triangle_is_not(self, rows, cols):
+        query, key, value = inputs(s=T)
+        valid = np.arange(T) < rows, np.arange(T) < cols
+        out = sinkhorn_attention(query, key, value, mask=np.outer(*valid))
+        expected = sinkhorn_attention(query[:, :rows], key[:, :cols], value[:, :cols])
+        np.testing.assert_allclose(out[:, :rows], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", [*PLAIN, None])
