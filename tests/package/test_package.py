@@ -149,6 +149,20 @@ def test_what_a_gpu_is_needed_for_runs_in_an_environment_that_is_there():
         assert f"/elsewhere/python -m {command} " in line
 
 
+def test_overloads_have_the_arguments_of_the_function():
+    done = run(
+        """
+import inspect
+import typing
+from sinkhorn_jax import sinkhorn_attention
+names = lambda f: [(p.name, p.kind) for p in inspect.signature(f).parameters.values()]
+overloads = typing.get_overloads(sinkhorn_attention)
+print([names(f) == names(sinkhorn_attention) for f in overloads])
+"""
+    )
+    assert done.stdout == "[True, True, True]\n", done.stderr
+
+
 def test_public_names_are_documented():
     for name in dir(sinkhorn_jax):
         if not name.startswith("_") and callable(value := getattr(sinkhorn_jax, name)):

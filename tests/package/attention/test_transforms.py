@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.attention_cases import ATOL, H, N, T, implementations, inputs, random
+from support.attention_cases import (
+    ATOL,
+    PLAIN,
+    H,
+    N,
+    T,
+    implementations,
+    inputs,
+    random,
+)
 
-from sinkhorn_jax import sinkhorn_attention
+from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax.attention import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.usefixtures("short_query_blocks")
@@ -76,6 +85,48 @@ def test_scan_over_layers(implementation):
     chex.assert_trees_all_close(
         jax.grad(scanned)(query), jax.grad(looped)(query), atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "streaming"))
+        for name in PLAIN
+    ],
+)
+def test_second_derivatives(implementation):
+    """Of `Exact` by every way, and of `Truncated` as docs/usage.md says."""
+    query, key, value = (x[:1] for x in inputs(t=3, s=4, n=1, k=1))
+
+    def gradient(query, **options):
+        def loss(query):
+            options_ = {"num_iters": 2, "implementation": implementation} | options
+            return (sinkhorn_attention(query, key, value, **options_) ** 3).sum()
+
+        return jax.grad(loss)(query)
+
+    def differences(gradient):
+        step = 1e-5
+        units = np.eye(query.size).reshape(-1, *query.shape)
+        columns = [
+            (gradient(query + step * x) - gradient(query - step * x)) / (2 * step)
+            for x in units
+        ]
+        return np.stack(columns, axis=-1).reshape(query.size, query.size)
+
+    def both(**options):
+        first = jax.jit(functools.partial(gradient, **options))
+        second = jax.jit(jax.jacrev(first))(query)
+        return second.reshape(query.size, query.size), differences(first)
+
+    exact, expected = both()
+    np.testing.assert_allclose(exact, expected, atol=1e-8)
+    np.testing.assert_allclose(exact, exact.T, atol=1e-14)
+    truncated, expected = both(gradient=Truncated(1))
+    is_symmetric = np.allclose(truncated, truncated.T, atol=1e-12)
+    assert is_symmetric == (implementation == "reference")
+    follows = np.allclose(truncated, expected, atol=1e-7)
+    assert follows == (implementation != "reference")
 
 
 class TestVariants(chex.TestCase):
