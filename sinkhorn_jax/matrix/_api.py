@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.gradient import Exact, Gradient
@@ -68,10 +68,8 @@ def sinkhorn(
             `col_marginal` is given, uniform with the same total. Ignored for padding.
         col_marginal: Column sums, positive, broadcast to (..., S), with the total of
             the row sums. Default: uniform, which is T / S without padding or row
-            marginal. Signs and totals are checked where the values are known. They are
-            not under `jit`: totals that differ then pass in silence, the rows sum to
-            theirs, the columns do not approach theirs, and the marginal error of
-            `sinkhorn_potentials` cannot fall below the relative difference.
+            marginal. Signs and totals are checked where the values are concrete; under
+            `jit` they are preconditions.
         where: True for allowed entries; boolean, broadcasts to the logits.
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.
@@ -91,32 +89,36 @@ def sinkhorn(
             - "mosaic_tpu", "mosaic_gpu": Pallas kernels for TPUs, and for NVIDIA GPUs
               from Hopper on, that compute many matrices of at most 16 rows and columns
               at once. They take float32 and bfloat16, `Exact` and no tolerance; reverse
-              mode only. Neither has been measured yet.
+              mode only. Neither has been measured yet. On another platform they raise
+              NotImplementedError, and under `jit` an error of Pallas.
 
     Returns:
         The plan, in the shape and dtype of the logits. Computed in float32 at least.
+        No plan has marginals of different totals. Where their values are not known, as
+        those of arguments of `jit`, they pass in silence: the rows sum to theirs, the
+        columns do not approach theirs, and the marginal error of `sinkhorn_potentials`
+        does not fall below the relative difference.
 
     Raises:
         TypeError: Logits or marginals are not floating, `where` is not boolean,
             `num_iters` is not an integer, or an implementation other than "reference"
             is differentiated in forward mode.
-        ValueError: Shapes disagree or are empty, `num_iters` or `tolerance` is
-            negative, `finish` or `implementation` is unknown, or marginals are not
-            positive or differ in total by more than 1e-3 of it.
-        NotImplementedError: The named implementation cannot run this problem, or its
-            kernels are for another platform. Under `jit` that is an error of Pallas.
+        ValueError: Shapes disagree or are empty, `num_iters` is negative, `finish` or
+            `implementation` is unknown, or marginals are not positive or differ in
+            total by more than 1e-3 of it.
+        NotImplementedError: The named implementation cannot run this problem.
 
     Reference:
         Sinkhorn & Knopp, Pacific J. Math. 21, 1967. Cuturi, Sinkhorn Distances, 2013.
         https://arxiv.org/abs/1306.0895
     """
-    arrays = _as_arrays(logits, row_marginal, col_marginal, where)
+    _check_arrays(logits, row_marginal, col_marginal, where)
     options = _options(num_iters, finish, gradient, tolerance)
-    problem, matrices = validated(*arrays, options)
+    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
     chosen = select(IMPLEMENTATIONS, implementation, problem)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         plan = chosen.plan(problem, matrices)
-    return plan.reshape(arrays[0].shape).astype(problem.dtype)
+    return plan.reshape(jnp.shape(logits)).astype(problem.dtype)
 
 
 def sinkhorn_potentials(
@@ -163,27 +165,23 @@ def sinkhorn_potentials(
         Peyré & Cuturi, Computational Optimal Transport, 2019, section 4.4.
         https://arxiv.org/abs/1803.00567
     """
-    arrays = _as_arrays(logits, row_marginal, col_marginal, where)
+    _check_arrays(logits, row_marginal, col_marginal, where)
     options = _options(num_iters, finish, gradient, tolerance)
-    problem, matrices = validated(*arrays, options)
+    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
     chosen = select(IMPLEMENTATIONS, implementation, problem)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         potentials = chosen.potentials(problem, matrices)
-    batch = arrays[0].shape[:-2]
+    batch = jnp.shape(logits)[:-2]
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), potentials)
 
 
-def _as_arrays(logits, row_marginal, col_marginal, where):
-    def optional(name, x):
-        # As it was given, because under `jit` the values of a result are not known.
-        return x if x is None or isinstance(x, np.ndarray) else as_array(name, x)
-
-    return (
-        as_array("logits", logits),
-        optional("row_marginal", row_marginal),
-        optional("col_marginal", col_marginal),
-        optional("where", where),
-    )
+def _check_arrays(logits, row_marginal, col_marginal, where):
+    # The arguments stay as they are: under `jit` the values of a result are not known.
+    as_array("logits", logits)
+    optional = {"row_marginal": row_marginal, "col_marginal": col_marginal}
+    for name, x in (optional | {"where": where}).items():
+        if x is not None:
+            as_array(name, x)
 
 
 def _options(num_iters, finish, gradient, tolerance):
