@@ -62,6 +62,26 @@ class LayerMask(NamedTuple):
                 mask = mask & numpy.swapaxes(mask, -1, -2)
         return self._replace(mask=mask, key_value_seq_lengths=lengths)
 
+    def zero_padding(
+        self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
+    ) -> tuple[Array, Array | None, Array | None]:
+        """The inputs of a layer with 0 for tokens that the lengths leave out.
+
+        NaN there would reach the gradients of the projections, as 0 times NaN.
+        """
+        lengths = self.query_seq_lengths, self.key_value_seq_lengths
+        of_queries, of_keys = (None if x is None else jnp.asarray(x) for x in lengths)
+        if inputs_k is None and of_queries is not None and of_keys is not None:
+            # The same tokens are queries and keys.
+            of_queries = jnp.maximum(*jnp.broadcast_arrays(of_queries, of_keys))
+        elif inputs_k is None:
+            of_queries = None
+        return (
+            _zero_after(inputs_q, of_queries),
+            None if inputs_k is None else _zero_after(inputs_k, of_keys),
+            None if inputs_v is None else _zero_after(inputs_v, of_keys),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
@@ -147,6 +167,15 @@ class PlanOptions:
             gradient=self.gradient,
             implementation=name,
         )
+
+
+def _zero_after(x, lengths):
+    if lengths is None:
+        return x
+    lengths = jnp.broadcast_to(lengths, x.shape[:-2]).astype(jnp.int32)
+    position = jnp.arange(x.shape[-2], dtype=jnp.int32)
+    position = jnp.broadcast_to(position, x.shape[:-1])
+    return jnp.where((position < lengths[..., None])[..., None], x, 0)
 
 
 def _check_mask(mask, t, s, has_query_lengths):

@@ -168,11 +168,11 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             ),
         )
         nn.share_scope(self, layer)
+        if inputs_k is None:
+            masks = masks.of_self_attention()
         return layer(
-            inputs_q,
-            inputs_k,
-            inputs_v,
-            mask=masks.of_self_attention() if inputs_k is None else masks,
+            *masks.zero_padding(inputs_q, inputs_k, inputs_v),
+            mask=masks,
             deterministic=deterministic,
             dropout_rng=dropout_rng,
             sow_weights=sow_weights,

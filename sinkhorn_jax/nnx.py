@@ -220,7 +220,6 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         )
         if inputs_k is None:
             masks = masks.of_self_attention()
+        inputs = masks.zero_padding(inputs_q, inputs_k, inputs_v)
         as_mask: Any = masks  # Flax passes it on to the attention function.
-        return super().__call__(
-            inputs_q, inputs_k, inputs_v, mask=as_mask, decode=False, **options
-        )
+        return super().__call__(*inputs, mask=as_mask, decode=False, **options)

@@ -303,6 +303,38 @@ def test_nnx_modes_and_missing_keys_of_dropout():
         bare(tokens(), deterministic=False)
 
 
+@frameworks
+@pytest.mark.parametrize("is_self_attention", [True, False])
+def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
+    framework, is_self_attention
+):
+    layer = framework(num_iters=NUM_ITERS)
+    lengths = jnp.array([4, 2, 6]), jnp.array([3, 5, 1])
+    names = "query_seq_lengths", "key_value_seq_lengths"
+    given = 1 if is_self_attention else 2
+    padding = dict(zip(names[:given], lengths[:given], strict=True))
+
+    def gradients(junk):
+        inputs = [tokens(), tokens(1, S)][:given]
+        inputs = [
+            jnp.where(np.arange(x.shape[1])[None, :, None] < n[:, None, None], x, junk)
+            for x, n in zip(inputs, lengths[:given], strict=True)
+        ]
+
+        def loss(parameters, inputs):
+            out = framework(num_iters=NUM_ITERS, parameters=parameters)(
+                *inputs, **padding
+            )
+            valid = jnp.arange(T)[None] < lengths[0][:, None]
+            return (jnp.where(valid[..., None], out, 0) ** 2).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(layer.parameters, inputs)
+
+    expected = gradients(0.0)
+    for junk in (np.nan, 3e38):
+        chex.assert_trees_all_equal(gradients(junk), expected)
+
+
 def test_nnx_options_are_attributes_that_can_be_set():
     class Network(nnx.Module):
         def __init__(self, **options):
