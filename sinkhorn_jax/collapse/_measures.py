@@ -223,15 +223,22 @@ def _to_unit(x):
     # nothing, so equal tokens stay equal in every fusion. No result depends on the
     # scale, so derivatives may take it for a constant. Ones replace zero matrices, for
     # callers to divide and take roots, and to select another result afterwards.
-    info = jnp.finfo(x.dtype)
-    largest = jnp.abs(lax.stop_gradient(x)).max(axis=(-2, -1))
+    scale, is_zero = scale_near(jnp.abs(lax.stop_gradient(x)).max(axis=(-2, -1)))
+    unit = jnp.where(is_zero[..., None, None], 1.0, x / scale[..., None, None])
+    return _Unit(unit, scale, is_zero)
+
+
+def scale_near(largest):
+    """A power of two near a number that is not negative, or 1 for 0; whether it is 0.
+
+    XLA may turn a quotient into a product with the reciprocal, so that is normal too.
+    """
+    info = jnp.finfo(largest.dtype)
     is_zero = largest < float(info.tiny)  # False for NaN, which is passed on.
     _, exponent = jnp.frexp(jnp.where(is_zero, 1.0, largest))
     # One less where 1 / scale would fall below the normal numbers.
     exponent = jnp.minimum(exponent, int(info.maxexp) - 1) - 1
-    scale = jnp.ldexp(jnp.ones_like(largest), exponent)
-    unit = jnp.where(is_zero[..., None, None], 1.0, x / scale[..., None, None])
-    return _Unit(unit, scale, is_zero)
+    return jnp.ldexp(jnp.ones_like(largest), exponent), is_zero
 
 
 # In the functions below s are the singular values. Only the spectral norm needs them.

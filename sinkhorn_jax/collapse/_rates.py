@@ -1,9 +1,10 @@
 """The rate at which Sinkhorn's iteration approaches its limit."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._measures import prepare
+from ._measures import prepare, scale_near
 
 
 def convergence_rate(
@@ -35,17 +36,26 @@ def convergence_rate(
         Knight, The Sinkhorn-Knopp algorithm: convergence and applications, 2008.
     """
     plan, _ = prepare("plan", plan, where)
-    largest = plan.max(axis=(-2, -1), keepdims=True)
-    plan = plan / jnp.where(largest > 0.0, largest, 1.0)
-    a, b = plan.sum(axis=-1), plan.sum(axis=-2)  # [..., T], [..., S]
-    total = a.sum(axis=-1)[..., None, None]
-    root_a, root_b = _root(a)[..., :, None], _root(b)[..., None, :]
-    scale = root_a * root_b
-    has_mass = scale > 0.0
-    normalised = plan / jnp.where(has_mass, scale, 1.0)
+    # a and b may be beyond the range, or too far apart for products of theirs. So each
+    # row and each column is first divided by a number near its largest entry. These
+    # numbers cancel: derivatives may take them for constants.
+    constant = jax.lax.stop_gradient(plan)
+    row_scale, no_row = scale_near(constant.max(axis=-1, keepdims=True))
+    col_scale, no_col = scale_near(constant.max(axis=-2, keepdims=True))
+    scale, _ = scale_near(constant.max(axis=(-2, -1), keepdims=True))
+    unit_rows = plan / row_scale
+    a = unit_rows.sum(axis=-1, keepdims=True)  # [..., T, 1]
+    b = (plan / col_scale).sum(axis=-2, keepdims=True)  # [..., 1, S]
+    has_mass = ~(no_row | no_col)
+    root_a, root_b = _root(a), _root(b)
+    both = jnp.where(has_mass, root_a * root_b, 1.0)
+    normalised = unit_rows * (jnp.sqrt(row_scale) / jnp.sqrt(col_scale)) / both
     # The first pair of singular vectors is known and subtracted. The second singular
     # value is then the largest, with a derivative also where it equals the first.
-    first = scale / jnp.where(total > 0.0, total, 1.0)
+    total = (plan / scale).sum(axis=(-2, -1), keepdims=True)
+    first_a = root_a * jnp.sqrt(row_scale / scale)
+    first_b = root_b * jnp.sqrt(col_scale / scale)
+    first = first_a * first_b / jnp.where(total > 0.0, total, 1.0)
     rest = jnp.where(has_mass, normalised - first, 0.0)
     # Only rounding can exceed 1.
     return jnp.minimum(jnp.square(jnp.linalg.svdvals(rest)[..., 0]), 1.0)

@@ -51,6 +51,26 @@ def test_agrees_with_numpy(dtype, t, s):
         np.testing.assert_allclose(same, rate, rtol=RTOL[dtype])
 
 
+@pytest.mark.parametrize("dtype", RTOL)
+def test_rows_and_columns_of_any_magnitude_count_alike(dtype):
+    rate = lambda x: collapse.convergence_rate(jnp.asarray(x, dtype))
+    blocks = np.diag([3e38, 1.0, 1e-30])
+    np.testing.assert_allclose(rate(blocks), 1, rtol=RTOL[dtype])
+    # The least block is coupled to none, the others hardly.
+    coupled = blocks + np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(rate(coupled), 1, rtol=RTOL[dtype])
+    # Two blocks, in one of which the columns of a row differ by many decades.
+    np.testing.assert_allclose(
+        rate([[1e-30, 2e-30, 0], [1e-35, 3e-35, 0], [0, 0, 1e30]]), 1, rtol=RTOL[dtype]
+    )
+    # Sums beyond the range of float32.
+    plan = np.array([[3e38, 1e38, 2e38], [1e38, 3e38, 3e38], [1.0, 1e10, 1e20]])
+    got, expected = rate(plan), reference(plan)
+    np.testing.assert_allclose(got, expected, rtol=RTOL[dtype])
+    gradient = jax.grad(collapse.convergence_rate)(jnp.asarray(plan[:2], dtype))
+    assert np.isfinite(gradient).all()
+
+
 def test_where_equals_cropping_and_gradients_are_finite():
     _, plan = plan_of()
     where = np.array([True, False, True, True, True, False, True, True])
