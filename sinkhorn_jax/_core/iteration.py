@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .domain import Domain, Linear
 from .options import Finish, Options
+from .precision import in_range
 
 
 class ScalingHistory(NamedTuple):
@@ -114,8 +115,9 @@ def relative_defect(domain: Domain, scaling, after, a, target):
 
     The step multiplies a scaling by target / sum, so sum = target * scaling / after.
     """
-    total = a.sum()
-    defect = target * jnp.abs(domain.ratio(scaling, after) - 1)
+    scale = in_range(a.max())
+    total = (a * scale).sum()
+    defect = target * scale * jnp.abs(domain.ratio(scaling, after) - 1)
     return defect.sum() / jnp.where(total == 0, 1, total)
 
 

@@ -13,6 +13,16 @@ def accum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def in_range(largest):
+    """A factor for positive numbers, so that the sum of the products is in range.
+
+    It is 1 unless the largest is huge. A quotient by the largest would not do: XLA may
+    turn it into a product with a reciprocal, which for the largest numbers is 0.
+    """
+    one = jnp.ones_like(largest)
+    return jnp.where(largest > 2.0**64, 2.0**-64 * one, one)
+
+
 def dot(x, y):
     """The matrix product x y in the precision of all passes."""
     return jnp.matmul(

@@ -54,9 +54,9 @@ def sinkhorn(
     Its row sums are exact, and its column sums approach theirs. With 0 iterations it is
     `jax.nn.softmax`.
 
-    A row or column without an allowed entry is padding. It takes part in neither
-    marginal, its plan entries and gradients are 0, and all else is as for the matrix
-    without it.
+    A row or column without an allowed entry, or with a marginal of 0, is padding. It
+    takes part in neither marginal, its plan entries and gradients are 0, and all else
+    is as for the matrix without it.
 
     Args:
         logits: T rows and S columns after any number of leading axes; floating. -inf
@@ -64,12 +64,15 @@ def sinkhorn(
             whole column it cancels, and the column gets its full mass.
         num_iters: Full iterations, a column step and then a row step each; a Python
             integer. Time is linear in it.
-        row_marginal: Row sums, positive, broadcast to (..., T). Default: 1, or if only
-            `col_marginal` is given, uniform with the same total. Ignored for padding.
-        col_marginal: Column sums, positive, broadcast to (..., S), with the total of
-            the row sums. Default: uniform, which is T / S without padding or row
-            marginal. Signs and totals are checked where the values are concrete; under
-            `jit` they are preconditions.
+        row_marginal: Row sums, broadcast to (..., T); 0 makes a row padding. Default:
+            1, or if only `col_marginal` is given, uniform with the same total. Ignored
+            for padding.
+        col_marginal: Column sums, broadcast to (..., S), with the total of the row
+            sums. Default: uniform, which is T / S without padding or row marginal.
+            Marginals are checked where their values are concrete, under `jit` and
+            `vmap` too; elsewhere signs and totals are preconditions. Where only the
+            logits are traced, their entries count as allowed: give what they exclude
+            by -inf a marginal of 0, or name it in `where`.
         where: True for allowed entries; boolean, broadcasts to the logits.
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.
@@ -104,8 +107,8 @@ def sinkhorn(
             `num_iters` is not an integer, or an implementation other than "reference"
             is differentiated in forward mode.
         ValueError: Shapes disagree or are empty, `num_iters` is negative, `finish` or
-            `implementation` is unknown, or marginals are not positive or differ in
-            total by more than 1e-3 of it.
+            `implementation` is unknown, or marginals are negative or not finite, or
+            differ in total by more than 1e-3 of it (in bfloat16, by more than its eps).
         NotImplementedError: The named implementation cannot run this problem.
 
     Reference:
