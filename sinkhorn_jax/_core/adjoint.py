@@ -18,14 +18,21 @@ def adjoint(
     dg: Float[Array, " S"],
     a: Float[Array, " T"],
     b: Float[Array, " S"],
+    *,
+    of_plan: bool,
 ) -> Correction:
-    """The correction for cotangents `df` and `dg` of the potentials of the result."""
+    """The correction for cotangents `df` and `dg` of the potentials of the result.
+
+    `of_plan` says that they come from a cotangent of the plan: see `reverse_sweep`.
+    """
     if not isinstance(options.gradient, Implicit):
-        return reverse_sweep(domain, history, df, dg, a, b, options.finish)
+        return reverse_sweep(
+            domain, history, df, dg, a, b, options.finish, of_plan=of_plan
+        )
     r, c = history.end(options.finish)
     x, y = solve_marginals(domain, r, c, df, dg, options.gradient)
     r, c = r[None], c[None]
-    return Correction(r, c, x[None], r, c, y[None])
+    return Correction(r, c, x[None], r, c, y[None], x, y)
 
 
 def reverse_sweep(
@@ -36,13 +43,30 @@ def reverse_sweep(
     a: Float[Array, " T"],
     b: Float[Array, " S"],
     finish: Finish,
+    *,
+    of_plan: bool,
 ) -> Correction:
     """The correction, by docs/architecture.md (4) and (5) over the whole history.
 
     `df` and `dg` are λ and μ there. The weights of iterations that did not run are 0.
+
+    No step changes the excess Σμ - Σλ, since the rows of its plan sum to `a` or its
+    columns to `b`. It is 0 for a cotangent of the plan (`of_plan`): a number added to f
+    and taken off g changes no plan. Nor does a step shrink the rounding error of the
+    excess, so that is taken off in each iteration.
+
+    Row weights contain a common number t = -excess / Σa, column weights -t. In the
+    correction the two cancel but for the change of the scalings: with c' before the
+    column step and c after it, t r E c' - t r E c = t (c' / c - 1) times the plan of
+    the column step. So the sweep is over weights without t, and that takes its place.
     """
     r, c, num_iters = history.r, history.c, history.num_iters
     row_weight, col_weight = jnp.zeros_like(r), jnp.zeros_like(c)
+    df, dg = jnp.where(domain.rows, df, 0), jnp.where(domain.cols, dg, 0)
+    zero = jnp.zeros_like(df.sum())
+    excess = zero if of_plan else dg.sum() - df.sum()
+    total = jnp.where(a.sum() == 0, 1, a.sum())
+    share = a / total
 
     def weight_of_row_step(k, df):
         sums = domain.row_sums(r[k], c[k], a)
@@ -52,24 +76,43 @@ def reverse_sweep(
         sums = domain.col_sums(r[k - 1], c[k], b)
         return jnp.where(domain.cols, dg / jnp.where(domain.cols, sums, 1), 0)
 
+    def changes(k):
+        """Those of the scalings, relative; 0 and False if not all are small."""
+        rows = jnp.where(domain.rows, domain.ratio(r[k - 1], r[k]) - 1, 0)
+        cols = jnp.where(domain.cols, domain.ratio(c[k - 1], c[k]) - 1, 0)
+        are_small = (jnp.abs(rows) < 0.5).all() & (jnp.abs(cols) < 0.5).all()
+        rows, cols = (jnp.where(are_small, x, 0) for x in (rows, cols))
+        return rows, cols, are_small
+
     if finish == "rows":
         row_weight = row_weight.at[num_iters].set(weight_of_row_step(num_iters, df))
         df = jnp.zeros_like(df)
 
     def undo_full_iteration(i, carry):
         k = num_iters - i
-        row_weight, col_weight, df, dg = carry
+        row_weight, col_weight, df, dg, before, sums = carry
+        row_changes, col_changes, are_small = changes(k)
+        common = jnp.where(are_small, -excess / total, 0)
         dg = dg - domain.apply_left(row_weight[k], r[k], c[k])
-        col_weight = col_weight.at[k].set(weight_of_col_step(k, dg))
-        df = df - domain.apply(r[k - 1], c[k], col_weight[k])
+        weight = weight_of_col_step(k, dg)
+        weight = jnp.where(domain.cols, weight + (common - before), 0)
+        sums = sums[0] + common, sums[1] + weight - common
+        col_weight = col_weight.at[k].set(weight + common * col_changes)
+        df = df - domain.apply(r[k - 1], c[k], weight) + a * common * row_changes
+        df = df - share * (df.sum() + jnp.where(are_small, 0, excess))
         row_weight = row_weight.at[k - 1].set(weight_of_row_step(k - 1, df))
         # The cotangents from outside reach only the potentials of the result.
-        return row_weight, col_weight, jnp.zeros_like(df), jnp.zeros_like(dg)
+        dg = -b * common * col_changes
+        return row_weight, col_weight, jnp.zeros_like(df), dg, common, sums
 
-    row_weight, col_weight, *_ = jax.lax.fori_loop(
-        0, num_iters, undo_full_iteration, (row_weight, col_weight, df, dg)
+    init = row_weight, col_weight, df, dg, zero, (zero, jnp.zeros_like(dg))
+    row_weight, col_weight, *_, (common, db) = jax.lax.fori_loop(
+        0, num_iters, undo_full_iteration, init
     )
-    return Correction(r, c, row_weight, r[:-1], c[1:], col_weight[1:])
+    da = jnp.where(domain.rows, row_weight.sum(axis=0) + common, 0)
+    db = jnp.where(domain.cols, db, 0)
+    col_factors = r[:-1], c[1:], col_weight[1:]
+    return Correction(r, c, row_weight, *col_factors, da, db)
 
 
 def solve_marginals(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._runtime.shard_map import varying_like
 from .precision import dot
 
 
@@ -20,8 +21,8 @@ class Correction(NamedTuple):
     """The correction of docs/architecture.md (7), as factors.
 
     A row step that ended in the scalings (r, c) takes `plan(r, c) * row_weight` off the
-    logits cotangent, a column step `plan(r, c) * col_weight`. The sums of the weights
-    over the steps are the cotangents of the marginals.
+    logits cotangent, a column step `plan(r, c) * col_weight`. What the weights of both
+    have in common may be left out of them, but not of the cotangents of the marginals.
     """
 
     row_r: Float[Array, "K T"]
@@ -30,6 +31,8 @@ class Correction(NamedTuple):
     col_r: Float[Array, "M T"]
     col_c: Float[Array, "M S"]
     col_weight: Float[Array, "M S"]
+    da: Float[Array, " T"]
+    db: Float[Array, " S"]
 
 
 class Product(NamedTuple):
@@ -40,18 +43,41 @@ class Product(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """The padding and the shift of logits: all of `Linear` but the kernel matrix."""
+    """The padding and the shift of logits: all of a domain but the matrix itself.
 
-    rows: Bool[Array, " T"]
+    After a shift of the rows alone a whole column could underflow. After both, every
+    row and every column has a 0, up to the rounding of m and n, so no sum of the first
+    iteration vanishes.
+    """
+
+    rows: Bool[Array, " T"]  # False for padding.
     cols: Bool[Array, " S"]
-    m: Float[Array, " T"]
-    n: Float[Array, " S"]
+    m: Float[Array, " T"]  # Row maxima.
+    n: Float[Array, " S"]  # Column maxima of what remains.
+
+    @classmethod
+    def of(cls, logits: Float[Array, "T S"]) -> "Shift":
+        """The shift of logits that are -inf where an entry is excluded."""
+        # The least number where a maximum is -inf, for padding. With a `where`, XLA
+        # would write logits - m to memory.
+        lowest = jnp.finfo(logits.dtype).min
+        logits = jax.lax.stop_gradient(logits)  # Any shift gives the same plan.
+        row_top = logits.max(axis=1)
+        m = jnp.maximum(row_top, lowest)
+        col_top = (logits - m[:, None]).max(axis=0)
+        n = jnp.maximum(col_top, lowest)
+        # A NaN is not taken for padding.
+        return cls(row_top != -jnp.inf, col_top != -jnp.inf, m, n)
+
+    def off(self, logits: Float[Array, "T S"]) -> Float[Array, "T S"]:
+        """The logits less the shift."""
+        return minus_both(logits, self.m[:, None], self.n[None, :])
 
 
 class Linear(NamedTuple):
     """Plan = r * kernel * c: a half step is a matrix-vector product."""
 
-    kernel: Float[Array, "T S"]  # exp(logits - m - n): a 1 in every row and column.
+    kernel: Float[Array, "T S"]  # exp(logits - m - n).
     rows: Bool[Array, " T"]  # False for padding.
     cols: Bool[Array, " S"]
     m: Float[Array, " T"]
@@ -60,19 +86,13 @@ class Linear(NamedTuple):
     @classmethod
     def of(cls, logits: Float[Array, "T S"]) -> "Linear":
         """Exponentiates the logits, which are -inf where an entry is excluded."""
-        shifted, m, n = _two_sided_shift(logits)
-        kernel = jnp.exp(shifted)
-        # A test for 0, not for a positive sum, so that a NaN is not taken for padding.
-        # With exp(n) instead of ones this is also the first sum of the first row step.
-        rows = dot(kernel, jnp.exp(n)) != 0
-        cols = dot(jnp.ones_like(m), kernel) != 0
-        return cls(kernel, rows, cols, m, n)
+        shift = Shift.of(logits)
+        return cls.shifted_by(shift, logits)
 
     @classmethod
     def shifted_by(cls, shift: Shift, logits: Float[Array, "T S"]) -> "Linear":
         """`Linear.of` for logits whose shift is known: one pass over them."""
-        kernel = jnp.exp((logits - shift.m[:, None]) - shift.n[None, :])
-        return cls(kernel, *shift)
+        return cls(jnp.exp(shift.off(logits)), *shift)
 
     @property
     def shift(self) -> Shift:
@@ -124,8 +144,16 @@ class Linear(NamedTuple):
         `direct` is a matrix, a scalar, or a `Product` of rank D. A `Product` and the
         correction become one matrix product of rank K + M + D.
         """
-        left = [-correction.row_weight * correction.row_r, -correction.col_r]
-        right = [correction.row_c, correction.col_weight * correction.col_c]
+        row_left, col_left = (
+            -correction.row_weight * correction.row_r,
+            -correction.col_r,
+        )
+        row_right, col_right = (
+            correction.row_c,
+            correction.col_weight * correction.col_c,
+        )
+        left = [_in_order(row_left, col_left)]
+        right = [_in_order(row_right, col_right)]
         if isinstance(direct, Product):
             left.append(direct.left_t * r[None, :])
             right.append(direct.right * c[None, :])
@@ -153,9 +181,8 @@ class Log(NamedTuple):
     @classmethod
     def of(cls, logits: Float[Array, "T S"]) -> "Log":
         """Shifts the logits, which are -inf where an entry is excluded."""
-        shifted, m, n = _two_sided_shift(logits)
-        allowed = logits != -jnp.inf
-        return cls(shifted, allowed.any(axis=1), allowed.any(axis=0), m, n)
+        shift = Shift.of(logits)
+        return cls(shift.off(logits), *shift)
 
     def start(self) -> Float[Array, " S"]:
         """The column scaling that makes the first row step the softmax."""
@@ -208,19 +235,25 @@ class Log(NamedTuple):
         """
         if isinstance(direct, Product):
             direct = dot(direct.left_t.T, direct.right)
-        row_terms, col_terms = correction[:3], correction[3:]
+        row_steps, col_steps = correction[:3], correction[3:6]
+        num_pairs = len(correction.col_weight)
 
-        def row_term(dz, term):
-            r, c, weight = term
-            return dz - self.plan(r, c) * weight[:, None], None
+        def add_row_step(total, step):
+            row_r, row_c, weight = step
+            return total + self.plan(row_r, row_c) * weight[:, None], None
 
-        def col_term(dz, term):
-            r, c, weight = term
-            return dz - self.plan(r, c) * weight[None, :], None
+        def add_pair(total, pair):
+            row_step, (col_r, col_c, weight) = pair
+            pair_total = self.plan(col_r, col_c) * weight[None, :]
+            return total + add_row_step(pair_total, row_step)[0], None
 
-        dz, _ = jax.lax.scan(row_term, self.plan(r, c) * direct, row_terms)
-        dz, _ = jax.lax.scan(col_term, dz, col_terms)
-        return dz
+        # In the order of `_in_order`, and for its reason.
+        total = varying_like(jnp.zeros_like(self.logits), (self.logits, correction))
+        pairs = [x[:num_pairs] for x in row_steps], col_steps
+        total, _ = jax.lax.scan(add_pair, total, pairs)
+        rest = [x[num_pairs:] for x in row_steps]
+        total, _ = jax.lax.scan(add_row_step, total, rest)
+        return self.plan(r, c) * direct - total
 
     def potentials(self, r, c):
         """Potentials f and g, plan = exp(logits + f + g); 0 for padding."""
@@ -231,18 +264,32 @@ class Log(NamedTuple):
 Domain = Linear | Log
 
 
-def _two_sided_shift(logits):
-    """Logits less their row maxima m, then less the column maxima n of what remains.
+def minus_both(x: Array, row: Array, col: Array) -> Array:
+    """The difference x - row - col, with a rounding error relative to itself.
 
-    After a shift of the rows alone a whole column could underflow. After both, every
-    row and every column has a 0, so no sum of the first iteration vanishes.
+    Logits with a large common part, as from a column at -1e6, would round what is left
+    of it: 1e6 has steps of 0.06 in float32. So the two of the three that are largest
+    are combined first, which is exact where they cancel.
     """
-    # The least number where a maximum is -inf, for padding. With a `where`, XLA would
-    # write logits - m to memory.
-    lowest = jnp.finfo(logits.dtype).min
-    m = jnp.maximum(logits.max(axis=1), lowest)
-    n = jnp.maximum((logits - m[:, None]).max(axis=0), lowest)
-    return (logits - m[:, None]) - n[None, :], m, n
+    row_is_larger = jnp.abs(row) >= jnp.abs(col)
+    large = jnp.where(row_is_larger, row, col)
+    small = jnp.where(row_is_larger, col, row)
+    # The comparison is true for an excluded entry: large + small may overflow.
+    return jnp.where(
+        jnp.abs(x) >= jnp.abs(small), (x - large) - small, x - (large + small)
+    )
+
+
+def _in_order(rows, cols):
+    """Row step 0, column step 1, row step 1, ...: one factor of the steps' terms.
+
+    The weights of a column step and of the row step before it nearly cancel: what they
+    have in common changes no plan. Next to each other, and before the larger terms of
+    later steps, they cancel within their own rounding. In any other order each of them
+    would leave the rounding error of the largest term.
+    """
+    paired = jnp.stack([rows[: len(cols)], cols], axis=1)
+    return jnp.concatenate([paired.reshape(-1, rows.shape[1]), rows[len(cols) :]])
 
 
 def _col(scaling, x):

@@ -27,14 +27,15 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     a, c = _problem.uniform_marginals(rows, cols, dtype)
     flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
     matrices = Matrices(logits.reshape(-1, t, s), a.reshape(-1, t), c.reshape(-1, s))
-    f, g, error, _ = matrix.potentials(flat, matrices)
-    plan = jnp.exp(logits + f.reshape(b, n, t, 1) + g.reshape(b, n, 1, s))
+    plan, potentials = matrix.solve(flat, matrices)
+    plan = plan.reshape(b, n, t, s)
     if operands.dropout_rng is not None:
         keep = functools.partial(_problem.dropout_keep, problem, operands.dropout_rng)
         plan = plan * jnp.reshape(jax.vmap(keep)(jnp.arange(b * n)), plan.shape)
     value = jnp.repeat(operands.value.astype(dtype), problem.groups, axis=2)
     out = jnp.einsum("bnts,bsnd->btnd", plan, value, precision=PRECISION)
-    error = error.reshape(b, n) if problem.return_marginal_error else None
+    error = potentials.marginal_error.reshape(b, n)
+    error = error if problem.return_marginal_error else None
     return out.astype(problem.dtype), error
 
 

@@ -65,7 +65,7 @@ def _backward(heads, index, solution, q_t, do_t, df, size):
             dplan = dot(do_t.T, v.T) * keep
             dv_t = dot(do_t, domain.plan(r, c) * keep)
         history, dg = solution.history, (v.T * dv_t).sum(axis=0)
-        correction = adjoint(options, domain, history, df, dg, a, b)
+        correction = adjoint(options, domain, history, df, dg, a, b, of_plan=True)
         dz = domain.logits_cotangent(r, c, dplan, correction)
         cotangents = (dot(dz, k), dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
         return jax.tree.map(lambda x: x * size, cotangents)

@@ -4,6 +4,7 @@ This is the readable definition. Forward mode, Hessians and all other transforms
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,29 @@ from .._core.iteration import iterate, relative_defect
 from ._problem import Matrices, Potentials, Problem
 
 
+class Solution(NamedTuple):
+    """The plans and the potentials of a batch."""
+
+    plan: Float[Array, "*M T S"]
+    potentials: Potentials
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve(problem: Problem, matrices: Matrices) -> Solution:
+    """The plan and the potentials of every matrix of a batch."""
+    return jax.vmap(functools.partial(_solve, problem.options))(*matrices)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
     """The plan of every matrix of a batch."""
-    f, g, *_ = potentials(problem, matrices)
-    return jnp.exp(matrices.logits + f[:, :, None] + g[:, None, :])
+    return solve(problem, matrices).plan
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def potentials(problem: Problem, matrices: Matrices) -> Potentials:
     """The potentials of every matrix of a batch."""
-    return jax.vmap(functools.partial(_potentials, problem.options))(*matrices)
+    return solve(problem, matrices).potentials
 
 
 def why_not(problem: Problem) -> str | None:
@@ -41,8 +54,9 @@ def prefer(problem: Problem) -> bool:
     return True
 
 
-def _potentials(options, logits, a, b):
-    domain = _domain(logits, a, b)
+def _solve(options, logits, a, b):
+    # f and g are those of the shifted logits, until they are returned.
+    domain = Log.of(logits)
     num_iters = _num_iters(options, logits, a, b)
     # Iterations before the last `depth` are not differentiated.
     depth = kept_iterations(options.gradient, options.num_iters)
@@ -62,7 +76,7 @@ def _potentials(options, logits, a, b):
             )
         return (f, g), None
 
-    f, g = jnp.zeros_like(a), jnp.zeros_like(b)
+    f, g = jnp.zeros_like(a), domain.start()
     steps = jnp.arange(options.num_iters, dtype=jnp.int32)
     (f, g), _ = jax.lax.scan(full_iteration, (f, g), steps)
     if truncates and depth == 0:
@@ -75,19 +89,16 @@ def _potentials(options, logits, a, b):
     if isinstance(options.gradient, Implicit):
         f, g = jax.lax.stop_gradient((f, g))
         f, g = _at_the_fixed_point(options.gradient, logits, a, b, f, g)
-    return Potentials(f, g, jax.lax.stop_gradient(error), jnp.int32(num_iters))
-
-
-def _domain(logits, a, b):
-    # Without a shift: this is the definition.
-    return Log(logits, a > 0, b > 0, jnp.zeros_like(a), jnp.zeros_like(b))
+    error = jax.lax.stop_gradient(error)
+    potentials = Potentials(*domain.potentials(f, g), error, jnp.int32(num_iters))
+    return Solution(domain.plan(f, g), potentials)
 
 
 def _num_iters(options, logits, a, b):
     if options.tolerance is None:
         return options.num_iters
     logits, a, b = jax.lax.stop_gradient((logits, a, b))
-    return iterate(_domain(logits, a, b), a, b, options).num_iters
+    return iterate(Log.of(logits), a, b, options).num_iters
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -100,11 +111,11 @@ def _at_the_fixed_point(gradient, logits, a, b, f, g):
 def _at_the_fixed_point_jvp(gradient, primals, tangents):
     # The marginals of P = exp(Z + f + g) stay at a and b, so their tangents,
     # P * (dZ + df + dg) summed over columns and over rows, are da and db.
-    logits, a, b, *_ = primals
+    logits, *_ = primals
     dlogits, da, db, *_ = tangents
     # The f and g of the primals are constants; these have a derivative themselves.
     f, g = _at_the_fixed_point(gradient, *primals)
-    domain = _domain(logits, a, b)
+    domain = Log.of(logits)
     moved = domain.plan(f, g) * dlogits
     rows, cols = da - moved.sum(axis=1), db - moved.sum(axis=0)
     return (f, g), solve_marginals(domain, f, g, rows, cols, gradient)

@@ -55,6 +55,8 @@ def _solve_fwd(problem, has_plan, matrices):
         if has_plan:
             return domain.plan(*scalings)
         f, g = domain.potentials(*scalings)
+        # The iteration starts from g = 0, but exp(n) may have underflowed.
+        g = jnp.where(history.num_iters == 0, 0, g)
         error = marginal_error(domain, history, a, b, finish)
         return Potentials(f, g, error, jnp.int32(history.num_iters))
 
@@ -85,13 +87,12 @@ def _solve_bwd(problem, has_plan, residuals, cotangent):
                 # Potentials depend on the logits through the half steps alone.
                 direct = jnp.zeros((), r.dtype)
                 df, dg = unit
+            history = solution.history
             correction = adjoint(
-                problem.options, domain, solution.history, df, dg, a, b
+                problem.options, domain, history, df, dg, a, b, of_plan=has_plan
             )
             dlogits = domain.logits_cotangent(r, c, direct, correction)
-            da = correction.row_weight.sum(axis=0)
-            db = correction.col_weight.sum(axis=0)
-            return Matrices(dlogits * size, da * size, db * size)
+            return Matrices(dlogits * size, correction.da * size, correction.db * size)
 
         return solve_backward(lambda: logits, solution, in_domain)
 

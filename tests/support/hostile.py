@@ -35,3 +35,32 @@ def hostile_logits(n, seed=0):
         "one entry at +300": spike,
     }
     return {name: logits.astype(np.float32) for name, logits in cases.items()}
+
+
+def large_offsets(n, seed=0):
+    """Finite (n, n) float32 matrices of logits by name, large but for what matters.
+
+    Rows and columns have large offsets, which change no converged plan. The numbers are
+    those that float32 has, so that a float64 oracle gets the same.
+    """
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(n, n))
+    cases = {}
+    for offset in (-1e4, 1e4, -1e6, 1e6, -1e9):
+        cases[f"a column at {offset:g}"] = noise.copy()
+        cases[f"a column at {offset:g}"][:, 2] += offset
+        cases[f"a row at {offset:g}"] = noise.copy()
+        cases[f"a row at {offset:g}"][1] += offset
+        crossed = noise.copy()
+        crossed[1] += offset
+        crossed[:, 2] -= offset
+        cases[f"a row at {offset:g} and a column that cancels it"] = crossed
+    for size in (1e4, 1e6):
+        hot = noise.copy()
+        hot[1, 2] = size
+        cases[f"one logit of {size:g}"] = hot
+    cases["all at 1e6"] = noise + 1e6
+    cases["offsets of 1e6 everywhere"] = (
+        noise + rng.normal(size=(n, 1)) * 1e6 + rng.normal(size=(1, n)) * 1e6
+    )
+    return {name: logits.astype(np.float32) for name, logits in cases.items()}

@@ -43,7 +43,7 @@ def backward(
     ends_on_rows = blocks.heads.problem.options.finish == "rows"
     end = jax.tree.map(lambda x: x[-1], history)
     last_weight = df if ends_on_rows else jnp.zeros_like(df)
-    dv_t, dg = _seeds(blocks, end, value_t, do_t, last_weight)
+    dv_t, dg = _seeds(blocks, end, value_t, do_t, last_weight, ends_on_rows)
     df = jnp.zeros_like(df) if ends_on_rows else df
     sweep = _reverse_sweep(blocks, history, df, dg)
     dq, dk_t, dbias = _logits_pass(
@@ -52,7 +52,7 @@ def backward(
     return (dq, dk_t, dv_t), dbias
 
 
-def _seeds(blocks, end, value_t, do_t, last_weight):
+def _seeds(blocks, end, value_t, do_t, last_weight, ends_on_rows):
     """Cotangents of the values and, with the last row step undone, of the last g."""
     low = blocks.heads.low
 
@@ -66,7 +66,8 @@ def _seeds(blocks, end, value_t, do_t, last_weight):
 
     dv_t, sums = blocks.fold(body, (jnp.zeros_like(value_t), jnp.zeros_like(end.c)))
     dv_t = dv_t * end.c[None]
-    return dv_t, (value_t * dv_t).sum(axis=0) - sums * end.c
+    dg = (value_t * dv_t).sum(axis=0) - sums * end.c
+    return dv_t, _balanced(dg, end.c) if ends_on_rows else dg
 
 
 def _reverse_sweep(blocks, history, df, dg):
@@ -92,11 +93,22 @@ def _reverse_sweep(blocks, history, df, dg):
 
         row_weight, sums = blocks.fold(body, (jnp.zeros_like(df), jnp.zeros_like(dg)))
         # The cotangents from outside reach only the potentials of the result.
-        return (jnp.zeros_like(df), -sums * state.c), (row_weight, col_weight)
+        dg = _balanced(-sums * state.c, state.c)
+        return (jnp.zeros_like(df), dg), (row_weight, col_weight)
 
     steps = before, col_c
     _, weights = jax.lax.scan(undo_full_iteration, (df, dg), steps, reverse=True)
     return _Sweep(before, col_c, *weights)
+
+
+def _balanced(dg, c):
+    """Cotangents of g whose total is 0, as it is without rounding.
+
+    A number added to f and taken off g changes no plan. No step of the sweep would make
+    the error smaller, so it would add up over the iterations. Padding has a c of 0.
+    """
+    cols = (c != 0).astype(dg.dtype)
+    return dg - cols * (dg.sum() / jnp.maximum(cols.sum(), 1))
 
 
 def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):
@@ -137,8 +149,11 @@ def _correction(blocks, end, last_weight, sweep):
     # Factors A and B of the correction, (8) for the iteration of the result.
     rho = before.r * jnp.exp(before.f - end.f[None])
     shift = jnp.exp(before.g - end.g[None])
-    left = [rho * sweep.row_weight, rho, (end.r * last_weight)[None]]
-    right = [before.c * shift, sweep.col_c * shift * sweep.col_weight, end.c[None]]
+    # Row step k - 1 and column step k, which nearly cancel, next to each other, and the
+    # larger terms last: their rounding errors would be left of the smaller ones.
+    left = _in_turns(rho * sweep.row_weight, rho), (end.r * last_weight)[None]
+    right = _in_turns(before.c * shift, sweep.col_c * shift * sweep.col_weight)
+    right = right, end.c[None]
     left, right = jnp.concatenate(left).T, jnp.concatenate(right)  # [T, K'], [K', S]
     # An entry of the result's kernel matrix below the least number is lost, and may not
     # be small in the plan of an earlier iteration.
@@ -163,3 +178,7 @@ def _correction(blocks, end, last_weight, sweep):
         return with_fallback(low_rank, is_safe, lambda: step_by_step(block, kernel))
 
     return correction
+
+
+def _in_turns(rows, cols):
+    return jnp.stack([rows, cols], axis=1).reshape(-1, rows.shape[1])

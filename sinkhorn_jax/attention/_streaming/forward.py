@@ -33,11 +33,17 @@ class PlanFactors(NamedTuple):
     c: Float[Array, "*K S"]
 
     def absorb(self) -> "PlanFactors":
-        """The same plan; f and g absorb r and c if these are far from 1."""
+        """The same plan; f and g absorb r and c if these are far from 1.
+
+        What large potentials round off stays in r and c, which are then not quite 1.
+        """
         log_r, log_c = (jnp.log(jnp.where(x == 0, 1, x)) for x in (self.r, self.c))
         drift = jnp.maximum(jnp.abs(log_r).max(), jnp.abs(log_c).max())
-        r, c = ((x != 0).astype(x.dtype) for x in (self.r, self.c))
-        absorbed = PlanFactors(self.f + log_r, self.g + log_c, r, c)
+        f, rest_of_r = _add_exactly(self.f, log_r)
+        g, rest_of_c = _add_exactly(self.g, log_c)
+        r = jnp.where(self.r == 0, 0, jnp.exp(rest_of_r))
+        c = jnp.where(self.c == 0, 0, jnp.exp(rest_of_c))
+        absorbed = PlanFactors(f, g, r, c)
         choose = lambda x, y: jnp.where(drift > MAX_DRIFT, x, y)
         return jax.tree.map(choose, absorbed, self)
 
@@ -126,8 +132,10 @@ def _softmax(blocks, value):
     sums, shift = with_fallback(
         (sums, jnp.zeros_like(top)), (top >= HIDDEN).all(), under_column_maxima
     )
-    g = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1)) - shift
-    return start._replace(g=jnp.where(cols, g, 0)), a, b, out, sums
+    log_c = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1))
+    g, rest = _add_exactly(jnp.where(cols, -shift, 0), log_c)
+    c = jnp.where(cols, jnp.exp(rest), 0)
+    return start._replace(g=jnp.where(cols, g, 0), c=c), a, b, out, sums
 
 
 def _full_pass(blocks, state):
@@ -163,6 +171,12 @@ def _apply(blocks, state, value):
     out = jnp.zeros((problem.t, value.shape[1]), value.dtype)
     row_sums, col_sums = jnp.zeros_like(state.r), jnp.zeros_like(state.c)
     return blocks.fold(body, (out, state.r, row_sums, col_sums))
+
+
+def _add_exactly(potential, log_scaling):
+    """Their sum, and what is lost from the scaling to the rounding of a large sum."""
+    total = potential + log_scaling
+    return total, log_scaling - (total - potential)
 
 
 def _marginal_error(sums, target, a):

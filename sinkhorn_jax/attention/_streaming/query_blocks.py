@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..._core.domain import minus_both
 from ..._core.precision import dot
 from ..._runtime.arguments import are_known
 from ..._runtime.shard_map import varying_like
@@ -89,7 +90,7 @@ class QueryBlock:
 
     def kernel(self, f: Float[Array, " T"], g: Float[Array, " S"]) -> Array:
         """The kernel matrix exp(logits + f + g), [I, S]."""
-        return jnp.exp((self.logits() + self.take(f)[:, None]) + g[None, :])
+        return jnp.exp(minus_both(self.logits(), -self.take(f)[:, None], -g[None, :]))
 
     def keep(self) -> Float[Array, "I S"] | None:
         """Dropout factors of the plan; None without dropout."""

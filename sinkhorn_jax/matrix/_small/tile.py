@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._core.domain import minus_both
 from ..._core.options import Finish
+from ..._core.precision import in_range
 
 Rows = tuple[Float[Array, "..."], ...]
 Cols = Float[Array, "S ..."] | tuple[Float[Array, "..."], ...]
@@ -43,9 +45,11 @@ class Tile(NamedTuple):
     def of(cls, logits: Matrix, a: Rows, b: Cols) -> "Tile":
         """Shifts the logits."""
         m = tuple(_bounded(over_cols(jnp.maximum, row)) for row in logits)
-        logits = tuple(map(_minus_row_value, logits, m))
-        n = each(_bounded, over_rows(jnp.maximum, logits))
-        logits = tuple(each(jnp.subtract, row, n) for row in logits)
+        n = each(_bounded, over_rows(jnp.maximum, map(_minus_row_value, logits, m)))
+        logits = tuple(
+            each(minus_both, row, _along_row(row, x), n)
+            for row, x in zip(logits, m, strict=True)
+        )
         log = lambda x: jnp.log(jnp.where(x > 0, x, 1))
         return cls(logits, a, b, each(log, a), each(log, b), m, n)
 
@@ -112,13 +116,16 @@ def solve(tile: Tile, num_iters: int, finish: Finish) -> tuple[Rows, Cols, Matri
 
 def marginal_error(tile: Tile, plan: Matrix, finish: Finish) -> Float[Array, "..."]:
     """Total absolute defect of the marginal that is not exact, relative to sum(a)."""
+    scale = in_range(functools.reduce(jnp.maximum, tile.a))
     defect = lambda total, target: jnp.abs(total - target)
     if finish == "rows":
-        error = over_cols(jnp.add, each(defect, over_rows(jnp.add, plan), tile.b))
+        defects = each(defect, over_rows(jnp.add, plan), tile.b)
+        error = over_cols(jnp.add, times_row_value(defects, scale))
     else:
-        sums = tuple(over_cols(jnp.add, row) for row in plan)
-        error = functools.reduce(jnp.add, each(defect, sums, tile.a))
-    return error / _not_zero(functools.reduce(jnp.add, tile.a))
+        sums = (over_cols(jnp.add, row) for row in plan)
+        defects = (defect(*pair) * scale for pair in zip(sums, tile.a, strict=True))
+        error = functools.reduce(jnp.add, defects)
+    return error / _not_zero(functools.reduce(jnp.add, (x * scale for x in tile.a)))
 
 
 class SweepState(NamedTuple):
@@ -219,6 +226,10 @@ def loop(num_steps: int | Array, body, init):
 
 def _minus_row_value(row, x):
     return tuple(y - x for y in row) if isinstance(row, tuple) else row - x[None]
+
+
+def _along_row(row, x):
+    return (x,) * len(row) if isinstance(row, tuple) else x[None]
 
 
 def _where_positive(marginal, x):

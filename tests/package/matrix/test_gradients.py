@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.test_util import check_grads
-from support.hostile import hostile_logits
+from support.hostile import hostile_logits, large_offsets
 from support.matrices import S, T, marginals, random, sparse_with_padding
 
 from sinkhorn_jax import Exact, Implicit, Truncated, sinkhorn, sinkhorn_potentials
@@ -162,6 +162,82 @@ def test_hostile_gradients_of_scaling_in_float32(finish):
     error = abs(gradient.astype("float64") - exact).max((1, 2))
     error = dict(zip(named, error, strict=True))
     assert max(error.values()) < 1e-5, error
+
+
+@implementations
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+def test_gradients_with_large_offsets(implementation, finish):
+    named = large_offsets(8)
+    logits = jnp.stack([jnp.asarray(x) for x in named.values()])
+    weights = random(1, logits.shape, "float32")
+
+    def loss(logits, weights, implementation):
+        plan = sinkhorn(logits, 10, finish=finish, implementation=implementation)
+        return (plan * weights).sum()
+
+    gradient = jax.grad(loss)(logits, weights, implementation)
+    exact = jax.grad(loss)(
+        logits.astype("float64"), weights.astype("float64"), "reference"
+    )
+    error = abs(gradient.astype("float64") - exact).max((1, 2))
+    error = dict(zip(named, error, strict=True))
+    assert max(error.values()) < 1e-5, error
+
+
+def rounding_errors(t, s, num_iters, finish, of_plan, block=False):
+    """Errors of float32 gradients of `scaling`, relative to the largest if above 1."""
+    logits, weights = (random(i, (t, s), "float32", 2.0 - i) for i in (0, 1))
+    where = jnp.ones((t, s), bool)
+    if block:  # Two separate blocks: what cancels does so in each of them.
+        where = (jnp.arange(t)[:, None] < t // 2) == (jnp.arange(s)[None] < s // 2)
+    a, b = jnp.ones(t, "float32"), jnp.full(s, t / s, "float32")
+
+    def loss(logits, a, b, weights, implementation):
+        options = {"row_marginal": a, "col_marginal": b, "finish": finish}
+        options |= {"where": where, "implementation": implementation}
+        if of_plan:
+            return (jnp.cos(sinkhorn(logits, num_iters, **options)) * weights).sum()
+        f, g, *_ = sinkhorn_potentials(logits, num_iters, **options)
+        return (f * weights[:, 0]).sum() + (g * weights[0]).sum()
+
+    def gradients(dtype, implementation):
+        operands = (x.astype(dtype) for x in (logits, a, b, weights))
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=4)
+        return gradient(*operands, implementation)
+
+    got, exact = gradients("float32", "scaling"), gradients("float64", "reference")
+    return [
+        float(abs(x.astype("float64") - y).max() / max(1, abs(y).max()))
+        for x, y in zip(got, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "num_iters"), [(1, 16, 1000), (16, 1, 1000), (64, 2, 100)]
+)
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+def test_rounding_errors_do_not_add_up_over_the_iterations(t, s, num_iters, finish):
+    errors = rounding_errors(t, s, num_iters, finish, of_plan=True)
+    assert max(errors) < 2e-6, errors
+
+
+@pytest.mark.parametrize("of_plan", [True, False])
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+def test_rounding_errors_do_not_add_up_at_the_fixed_point(finish, of_plan):
+    errors = rounding_errors(16, 2, 300, finish, of_plan)
+    assert max(errors) < 4e-6, errors
+
+
+def test_rounding_errors_do_not_add_up_in_separate_blocks():
+    errors = rounding_errors(32, 4, 300, "rows", of_plan=True, block=True)
+    assert max(errors) < 4e-6, errors
+
+
+@pytest.mark.usefixtures("in_log_space")
+@pytest.mark.parametrize("of_plan", [True, False])
+def test_rounding_errors_do_not_add_up_in_log_space(of_plan):
+    errors = rounding_errors(16, 2, 300, "rows", of_plan)
+    assert max(errors) < 4e-6, errors
 
 
 def test_large_cotangents_stay_in_range():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.hostile import hostile_logits
+from support.hostile import hostile_logits, large_offsets
 from support.matrices import S, T, marginals, random, sparse_with_padding
 
 from sinkhorn_jax import Implicit, sinkhorn, sinkhorn_potentials
@@ -147,6 +147,41 @@ def test_hostile_logits_in_float32(implementation, num_iters):
     # A potential as large as the logits has a rounding error of half an eps of them.
     limit = 3e-5 if implementation == "scaling" else 1e-4
     assert max(error.values()) < limit, error
+
+
+@implementations
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+def test_large_offsets_leave_the_error_of_the_differences(implementation, finish):
+    named = large_offsets(8)
+    logits = jnp.stack([jnp.asarray(x) for x in named.values()])
+    options = {"finish": finish, "implementation": implementation}
+    plan = sinkhorn(logits, 10, **options)
+    expected = reference.sinkhorn(logits, 10, finish=finish)
+    error = abs(np.asarray(plan) - expected).max(axis=(1, 2))
+    error = dict(zip(named, error, strict=True))
+    assert max(error.values()) < ATOL["float32"], error
+    np.testing.assert_allclose(plan.sum(-1 if finish == "rows" else -2), 1, atol=2e-6)
+    got = sinkhorn_potentials(logits, 10, **options).marginal_error
+    expected = reference.potentials(logits, 10, finish=finish)[2]
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_column_potential_of_a_softmax_is_0(implementation, dtype):
+    hot = jnp.zeros((4, 4), dtype).at[:, 0].set(1000.0)
+    for logits in (hot, hot.at[1, 2].set(-jnp.inf), hot.at[:, 0].set(100)):
+        solve = functools.partial(
+            sinkhorn_potentials, logits, implementation=implementation
+        )
+        expected = reference.potentials(logits, 0)
+        chex.assert_trees_all_close(solve(0)[:3], expected, rtol=1e-6)
+        assert not solve(0).g.any()
+        if "mosaic" not in implementation:
+            # The softmax of equal rows has equal rows: an error of 1.5.
+            stopped = solve(9, tolerance=1.9)
+            assert stopped.num_iters == 0
+            chex.assert_trees_all_close(stopped[:3], expected, rtol=1e-6)
 
 
 def test_logits_outside_the_linear_domain_are_noticed():

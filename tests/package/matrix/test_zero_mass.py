@@ -12,8 +12,8 @@ from support.matrices import random
 from sinkhorn_jax import Exact, Implicit, Truncated, sinkhorn, sinkhorn_potentials
 from sinkhorn_jax.matrix import IMPLEMENTATIONS
 
-# `Implicit` solves its system to 1e-13. Gradients are sums of some hundred terms of order
-# 1, with float32 in the kernels.
+# `Implicit` solves its system to 1e-13. Gradients are sums of some hundred terms of
+# order 1, with float32 in the kernels.
 ATOL = {"float64": 1e-11, "float32": 1e-4}
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -136,9 +136,11 @@ def test_no_mass_at_all_is_an_empty_plan(implementation):
 @implementations
 def test_a_mass_of_nan_that_is_unknown_at_tracing_is_not_hidden(implementation):
     solve = jax.jit(
-        lambda z, a: sinkhorn_potentials(
-            z, 3, row_marginal=a, implementation=implementation
-        ).marginal_error
+        lambda z, a: (
+            sinkhorn_potentials(
+                z, 3, row_marginal=a, implementation=implementation
+            ).marginal_error
+        )
     )
     a = jnp.asarray(A, "float32").at[0].set(np.nan)
     assert np.isnan(solve(random(0, (4, 5), "float32"), a))
