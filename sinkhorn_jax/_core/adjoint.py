@@ -78,6 +78,8 @@ def reverse_sweep(
 
     def changes(k):
         """Those of the scalings, relative; 0 and False if not all are small."""
+        if of_plan:  # Then t is 0.
+            return zero, zero, True
         rows = jnp.where(domain.rows, domain.ratio(r[k - 1], r[k]) - 1, 0)
         cols = jnp.where(domain.cols, domain.ratio(c[k - 1], c[k]) - 1, 0)
         are_small = (jnp.abs(rows) < 0.5).all() & (jnp.abs(cols) < 0.5).all()
