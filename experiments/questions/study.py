@@ -191,7 +191,7 @@ def run(config: Config) -> dict[str, Any] | None:
             for name, num_iters in (("softmax", 0), ("Sinkhorn", plan.NUM_ITERS))
         }
         found = [rows.row(contrast, store.get) for contrast in contrasts]
-        measured["definitions"] |= PURE_DEFINITIONS
+        measured["definitions"] = DEFINITIONS | PURE_DEFINITIONS
         measured["rows"] = [*found, pure_row(pure["Sinkhorn"])]
         measured["pure"] = {name: significant(each) for name, each in pure.items()}
         measured["linear_accuracy"] = linear_accuracy(load_data(config.text))

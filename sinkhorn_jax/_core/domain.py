@@ -233,26 +233,31 @@ class Log(NamedTuple):
 
         The scalings of the steps differ too much for one kernel matrix here.
         """
+        (row_r, row_c, row_weight), (col_r, col_c, col_weight) = (
+            correction[:3],
+            correction[3:6],
+        )
+        steps = (
+            _in_order(row_r, col_r),
+            _in_order(row_c, col_c),
+            _in_order(row_weight, jnp.zeros_like(col_r)),
+            _in_order(jnp.zeros_like(row_c), col_weight),
+        )
+
+        def term(step):
+            step_r, step_c, row_weight, col_weight = step
+            weight = row_weight[:, None] + col_weight[None, :]  # One of them is 0.
+            return self.plan(step_r, step_c) * weight
+
+        # From the first step on, not from zeros, which XLA would make and keep before
+        # the weights are known.
+        total, _ = jax.lax.scan(
+            lambda total, step: (total + term(step), None),
+            term([x[0] for x in steps]),
+            [x[1:] for x in steps],
+        )
         if isinstance(direct, Product):
             direct = dot(direct.left_t.T, direct.right)
-        row_steps, col_steps = correction[:3], correction[3:6]
-        num_pairs = len(correction.col_weight)
-
-        def add_row_step(total, step):
-            row_r, row_c, weight = step
-            return total + self.plan(row_r, row_c) * weight[:, None], None
-
-        def add_pair(total, pair):
-            row_step, (col_r, col_c, weight) = pair
-            pair_total = self.plan(col_r, col_c) * weight[None, :]
-            return total + add_row_step(pair_total, row_step)[0], None
-
-        # In the order of `_in_order`, and for its reason.
-        total = varying_like(jnp.zeros_like(self.logits), (self.logits, correction))
-        pairs = [x[:num_pairs] for x in row_steps], col_steps
-        total, _ = jax.lax.scan(add_pair, total, pairs)
-        rest = [x[num_pairs:] for x in row_steps]
-        total, _ = jax.lax.scan(add_row_step, total, rest)
         return self.plan(r, c) * direct - total
 
     def potentials(self, r, c):

@@ -163,7 +163,8 @@ def test_memory_is_one_head_in_flight(heads):
         4 * 12 * t * heads * (16 + 11)
     )  # Inputs, outputs and scalings of each head.
     temp = compiled.memory_analysis().temp_size_in_bytes
-    assert temp < 5 * 4 * t * t + beside
+    # Of the head in flight: the logits, the plan, and three matrices of a step.
+    assert temp < 6 * 4 * t * t + beside
 
 
 def test_a_broadcast_bias_gets_its_gradient_without_one_for_each_head():
