@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._runtime.shard_map import varying_like
 from .precision import dot
 
 
