@@ -71,7 +71,7 @@ def test_findings_have_a_limit():
     verdicts = [each["verdict"] for each in found]
     assert verdicts == ["supported", "not supported", "undecided"]
     assert found[0]["claim"].startswith("an update with Sinkhorn, 1, takes at most 1.3")
-    assert "1.12 ± 0.05 (95 % over 3 seeds)" in found[0]["text"]
+    assert "1.12 ± 0.05 (95 % over 3 rounds)" in found[0]["text"]
 
 
 @pytest.mark.parametrize(
