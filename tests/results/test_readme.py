@@ -1,52 +1,57 @@
 """Whether README.md and docs/findings.md say what the committed results say."""
 
 import json
+import os
 import pathlib
-import re
+import statistics
 
 import pytest
+
+from experiments.report import page
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
 FINDINGS = ROOT / "docs" / "findings.md"
-RESULT_LINK = re.compile(r"\]\(((?:\.\./)?experiments/results/[^)]*\.json)\)")
-INTERVAL = re.compile(r"-?[\d.]+ (?:± [\d.]+|\[-?[\d.]+, -?[\d.]+\])")
-
-
-def rows_with_results(page):
-    """Cells of the table rows that link a result, and the findings of that result."""
-    found = []
-    for line in page.read_text().splitlines():
-        if line.startswith("|") and (link := RESULT_LINK.search(line)):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            result = json.loads((page.parent / link[1]).read_text())
-            found.append(pytest.param(cells, result["findings"], id=cells[0]))
-    return found
+RESULTS = ROOT / "experiments" / "results"
+STUDY = RESULTS / "study" / "primary.json"
 
 
 def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 100
-    assert 0 < len(rows_with_results(README)) <= 10
+    assert len(json.loads(STUDY.read_text())["findings"]) <= 10
 
 
-@pytest.mark.parametrize(("cells", "findings"), rows_with_results(README))
-def test_readme_shows_intervals_and_verdicts_of_a_committed_finding(cells, findings):
-    _, verdict, measured = cells
-    intervals = INTERVAL.findall(measured)
-    assert intervals
-    assert any(
-        finding["verdict"] == verdict
-        and all(interval in finding["text"] for interval in intervals)
-        for finding in findings
-    )
+@pytest.mark.parametrize("path", [README, FINDINGS], ids=lambda path: path.stem)
+def test_verdicts_are_those_of_the_study(path):
+    text, result = path.read_text(), json.loads(STUDY.read_text())
+    link = pathlib.Path(os.path.relpath(STUDY, path.parent)).as_posix()
+    is_short = path.name == "README.md"
+    assert page.with_verdicts(text, result, link, is_short=is_short) == text
 
 
-@pytest.mark.parametrize(("cells", "findings"), rows_with_results(FINDINGS))
-def test_findings_are_quoted_from_the_results(cells, findings):
-    _, claim, verdict, measured = cells
-    quoted = {"verdict": verdict, "text": measured}
-    assert [quoted] == [
-        {key: finding[key] for key in quoted}
-        for finding in findings
-        if finding["claim"].rstrip(".") == claim
+def test_findings_quote_the_medians_of_the_study():
+    text = FINDINGS.read_text()
+    cells = [
+        cell
+        for cell in json.loads(STUDY.read_text())["curves"]
+        if (cell["task"], cell["layer_norm"]) == ("imdb", "pre")
+        and cell["has_skip"]
+        and cell["pooling"] == "class_token"
     ]
+    assert len(cells) == 6
+    for cell in cells:
+        residual = statistics.median(row[-2] for row in cell["residual"]["trained"])
+        assert f"{residual:.3f}" in text
+        if cell["learning_rate"] == 0.01:
+            layers = zip(*cell["entropy"]["trained"], strict=True)
+            for entropy in list(map(statistics.median, layers))[1:4]:
+                assert f"{entropy:.3f}" in text
+
+
+def test_findings_quote_what_an_update_costs():
+    result = json.loads((RESULTS / "step_cost" / "step_cost.json").read_text())
+    text = FINDINGS.read_text()
+    for finding in result["findings"]:
+        if "50" not in finding["claim"]:
+            ratio = finding["text"].removeprefix("Ratio of the times: ")
+            assert ratio.partition(" (")[0] in text
