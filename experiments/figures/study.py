@@ -28,13 +28,22 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         for title, design in COLUMNS
         if any(of_design(cell) == design for cell in cells)
     ]
-    rates = sorted({cell["learning_rate"] for cell in cells})
-    size = (3.2 * len(shown) + 0.4, 2.6 * len(rates) + 0.8)
+    # Every design has rates of its own.
+    rates = {
+        design: sorted(
+            {cell["learning_rate"] for cell in cells if of_design(cell) == design}
+        )
+        for _, design in shown
+    }
+    num_rows = max(map(len, rates.values()))
+    size = (3.2 * len(shown) + 0.4, 2.6 * num_rows + 0.8)
     figure, axes = plt.subplots(
-        len(rates), len(shown), figsize=size, sharex=True, sharey="col", squeeze=False
+        num_rows, len(shown), figsize=size, sharex=True, sharey="col", squeeze=False
     )
-    for number, (row, rate) in enumerate(zip(axes, rates, strict=True), start=1):
-        for axis, (title, design) in zip(row, shown, strict=True):
+    for column, (title, design) in zip(axes.T, shown, strict=True):
+        column[0].set_title(title)
+        column[-1].set_xlabel("layer, 0 is the embedding")
+        for axis, rate in zip(column, rates[design], strict=False):
             for cell in cells:
                 if (of_design(cell), cell["learning_rate"]) == (design, rate):
                     _draw_cell(axis, cell)
@@ -43,11 +52,12 @@ def draw(result: dict[str, Any]) -> plt.Figure:
             if bottom < FLOAT32_FLOOR:
                 axis.axhspan(bottom, FLOAT32_FLOOR, **style.FLOOR)
                 axis.set_ylim(bottom, top)
-            if number == 1:
-                axis.set_title(title)
-            if number == len(rates):
-                axis.set_xlabel("layer, 0 is the embedding")
-        row[0].set_ylabel(f"relative residual\nrate {rate:g}")
+            at = {"transform": axis.transAxes, "ha": "right", "va": "top"}
+            axis.text(0.98, 0.97, f"rate {rate:g}", color=style.GREY, **at)
+        for axis in column[len(rates[design]) :]:
+            axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("relative residual")
     style.number_layers(*axes.flat)
     style.legend(
         figure,

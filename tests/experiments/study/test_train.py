@@ -142,6 +142,7 @@ def uniform_logits(params, words, length):
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 
 
+@pytest.mark.slow
 def test_networks_on_text(made, trained):
     options = {"depth": DEPTH, "learning_rate": 0.1}
     cells = [study_double.cell(TEXT, num_iters=n, **options) for n in (0, 3)]

@@ -12,7 +12,7 @@ from support.training_runs import in_process, metrics, tiny
 from experiments.training import train
 
 
-@pytest.mark.parametrize("record_number", [4, 9])
+@pytest.mark.parametrize("record_number", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_identically(
     record_number, uninterrupted, tmp_path, data_dir
 ):

@@ -15,7 +15,9 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 @implementations
-@pytest.mark.parametrize("tolerance", [None, 0.05])
+@pytest.mark.parametrize(
+    "tolerance", [0.05, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_transforms_agree(implementation, tolerance):
     logits = random(0, (3, T, S))
 

@@ -16,7 +16,14 @@ from sinkhorn_jax.matrix import IMPLEMENTATIONS
 # order 1, with float32 in the kernels.
 ATOL = {"float64": 1e-11, "float32": 1e-4}
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# The interpreter of TPU kernels is slow.
+implementations = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "mosaic_tpu"))
+        for name in IMPLEMENTATIONS
+    ],
+)
 dtype_of = lambda name: "float32" if "mosaic" in name else "float64"
 
 A, B = np.array([1.0, 0.0, 2.0, 1.5]), np.array([1.0, 2.0, 0.0, 0.5, 1.0])

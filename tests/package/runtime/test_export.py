@@ -35,7 +35,9 @@ def check(function, abstract, arrays):
 
 @MATRICES
 @SIZES
-@pytest.mark.parametrize("tolerance", [None, 1e-3])
+@pytest.mark.parametrize(
+    "tolerance", [1e-3, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_matrices_of_a_symbolic_batch(implementation, size, tolerance):
     options = {"tolerance": tolerance, "implementation": implementation}
 

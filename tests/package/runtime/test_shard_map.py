@@ -13,7 +13,9 @@ BATCH, WHOLE = jax.sharding.PartitionSpec("b"), jax.sharding.PartitionSpec()
 
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 @pytest.mark.parametrize("finish", ["rows", "columns"])
-@pytest.mark.parametrize("tolerance", [None, 0.05])
+@pytest.mark.parametrize(
+    "tolerance", [0.05, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_shards_of_the_batch(implementation, finish, tolerance):
     """With a marginal that is the same for all shards."""
     mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -58,9 +58,9 @@ def test_one_tile_in_float32_agrees_with_float64(
     # other computes the last one.
     [
         {"kernel_dtype": "bfloat16", "max_warpgroups": 2},
-        {"cluster": 2, "max_warpgroups": 2},
+        pytest.param({"cluster": 2, "max_warpgroups": 2}, marks=pytest.mark.slow),
         {"regime": "streamed", "keeps_query_block": False},
-        {"regime": "streamed", "cluster": 2},
+        pytest.param({"regime": "streamed", "cluster": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -41,7 +41,7 @@ def assert_lowers(implementation, n, batch, dtype, **options):
         (2, 1, "float32"),
         (4, 65536, "bfloat16"),
         (8, 1000, "bfloat16"),
-        (16, 65536, "float32"),
+        pytest.param(16, 65536, "float32", marks=pytest.mark.slow),
     ],
 )
 def test_lowers_for_tpu(n, batch, dtype):
