@@ -46,7 +46,7 @@ def test_from_options_to_files(config, capsys):
     ):
         for part in kept:
             assert part in sentence
-        assert "validation accuracy 0.80 and 0.80 and 0.70 and 0.70." in sentence
+        assert "accuracy is 0.80 and 0.80, and 0.70 and 0.70." in sentence
     assert with_skips.startswith("With skip connections")
     assert without.startswith("Without skip connections")
     for name in ("Sinkhorn", "softmax"):
