@@ -15,7 +15,7 @@ ERROR_RATE = 0.05
 
 
 class Shift(NamedTuple):
-    """What differences by seed say of the place of their distribution.
+    """The centre of a distribution of differences, one for each seed, and its test.
 
     The p-value is exact whatever the distribution, if the sign of a difference is a
     coin toss where there is no effect. Estimate and interval assume, beside, that the
@@ -55,7 +55,7 @@ def shift(differences: Sequence[float]) -> Shift:
         raise ValueError(f"shift needs 1 to 20 differences, got {len(x)}.")
     if not np.isfinite(x).all():
         raise ValueError(f"shift needs finite differences, got {x}.")
-    ranks = np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
+    ranks = _ranks(x)
     null = _sums(ranks)
     found, centre = ranks[x > 0].sum(), ranks.sum() / 2
     far = np.abs(null - centre) >= abs(found - centre) - 1e-9
@@ -75,6 +75,11 @@ def shift(differences: Sequence[float]) -> Shift:
         num_positive=int((x > 0).sum()),
         num_seeds=len(x),
     )
+
+
+def _ranks(x):
+    """The ranks of magnitudes, 0 for zeros, which count in the ranking of the rest."""
+    return np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
 
 
 def _sums(ranks: Float[np.ndarray, " S"]) -> Float[np.ndarray, " 2**S"]:
@@ -100,27 +105,27 @@ def holm(p_values: Sequence[float]) -> Float[np.ndarray, " P"]:
 
 
 class Outcome(NamedTuple):
-    """What the values of a contrast, one for each seed, say of its claim."""
+    """The test of a contrast's claim, and the shift that it found."""
 
     shift: Shift
     p_value: float  # Before the correction for the number of contrasts.
 
 
 def greater(values: Sequence[float]) -> Outcome:
-    """Of the claim that the values exceed 0; the test has two sides."""
+    """The outcome for the claim that values exceed 0, by a test of two sides."""
     found = shift(values)
     return Outcome(found, found.p_value)
 
 
 def equal(values: Sequence[float], margin: float) -> Outcome:
-    """Of the claim that the values are 0 within a margin, by two one-sided tests."""
+    """The outcome for the claim that values are 0 within a margin, by two tests."""
     x = np.asarray(values, np.float64)
     p_value = max(_one_sided(x + margin), _one_sided(margin - x))
     return Outcome(shift(x), p_value)
 
 
 def by_t(values: Sequence[float]) -> Outcome:
-    """Of the claim that the values exceed 0, by Student's t: for few seeds."""
+    """The outcome for the claim that values exceed 0, by Student's t: for few seeds."""
     x = np.asarray(values, np.float64)
     mean, half_width = interval(x)
     p_value = 1.0
@@ -134,7 +139,7 @@ def by_t(values: Sequence[float]) -> Outcome:
 
 def _one_sided(x):
     """The p-value against values that do not exceed 0."""
-    ranks = np.where(x == 0, 0.0, scipy.stats.rankdata(np.abs(x)))
+    ranks = _ranks(x)
     return float((_sums(ranks) >= ranks[x > 0].sum() - 1e-9).mean())
 
 

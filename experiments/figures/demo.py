@@ -19,9 +19,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
                 _draw_cell(axis, cell)
         kind = "skip connections" if has_skip else "no skip connections"
         axis.set(yscale="log", title=f"trained on reviews, {kind}")
-    bottom, top = axes[1].get_ylim()
-    axes[1].axhspan(bottom, FLOAT32_FLOOR, **style.FLOOR)
-    axes[1].set_ylim(bottom, top)
+    style.shade_floor(axes[1], FLOAT32_FLOOR)
     for name, values in result["pure"].items():
         layers = np.arange(len(values[0]))
         for each in values:
@@ -34,21 +32,13 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     for axis in axes:
         axis.set_xlabel("layer, 0 is the embedding")
     style.number_layers(*axes)
-    style.legend(
-        figure,
-        "One line a seed; grey is the rounding of float32",
-        *(
-            style.line(f"{name}, {style.PHASE_NAMES[phase]}", **drawn, **line)
-            for name, drawn in style.NORMALISERS.items()
-            for phase, line in style.PHASES.items()
-        ),
-        ncols=4,
-    )
+    title = "One line a seed; grey is the rounding of float32"
+    style.legend_of_phases(figure, title)
     return figure
 
 
 def _draw_cell(axis, cell):
-    drawn = style.NORMALISERS["Sinkhorn" if cell["num_iters"] else "softmax"]
+    drawn = style.of_cell(cell)
     for phase, line in style.PHASES.items():
         for values in cell["residual"][phase]:
             axis.plot(np.arange(len(values)), values, **drawn, **line)

@@ -3,7 +3,6 @@
 from typing import Any, Final
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from ..networks.measures import FLOAT32_FLOOR
 from . import style
@@ -46,12 +45,12 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         for axis, rate in zip(column, rates[design], strict=False):
             for cell in cells:
                 if (of_design(cell), cell["learning_rate"]) == (design, rate):
-                    _draw_cell(axis, cell)
+                    values = cell["residual"]
+                    layers = range(len(values["trained"][0]))
+                    look = style.of_cell(cell)
+                    style.medians_of_phases(axis, layers, values, **look)
             axis.set(yscale="log")
-            bottom, top = axis.get_ylim()
-            if bottom < FLOAT32_FLOOR:
-                axis.axhspan(bottom, FLOAT32_FLOOR, **style.FLOOR)
-                axis.set_ylim(bottom, top)
+            style.shade_floor(axis, FLOAT32_FLOOR)
             at = {"transform": axis.transAxes, "ha": "right", "va": "top"}
             axis.text(0.98, 0.97, f"rate {rate:g}", color=style.GREY, **at)
         for axis in column[len(rates[design]) :]:
@@ -59,25 +58,6 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("relative residual")
     style.number_layers(*axes.flat)
-    style.legend(
-        figure,
-        "One thin line a seed, the thick line is the median",
-        *(
-            style.line(f"{name}, {style.PHASE_NAMES[phase]}", **drawn, **line)
-            for name, drawn in style.NORMALISERS.items()
-            for phase, line in style.PHASES.items()
-        ),
-        ncols=4 if len(shown) > 2 else 2,
-    )
+    title = "One thin line a seed, the thick line is the median"
+    style.legend_of_phases(figure, title, ncols=4 if len(shown) > 2 else 2)
     return figure
-
-
-def _draw_cell(axis, cell):
-    name = "Sinkhorn" if cell["num_iters"] else "softmax"
-    drawn = style.NORMALISERS[name]
-    for phase, line in style.PHASES.items():
-        values = np.array(cell["residual"][phase])
-        layers = np.arange(values.shape[1])
-        axis.plot(layers, np.median(values, axis=0), **drawn, **line)
-        if phase == "trained":
-            axis.plot(layers, values.T, color=drawn["color"], alpha=0.25, linewidth=0.7)

@@ -32,28 +32,14 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         style.number_layers(above)
     axes[0, 0].set_ylabel("entropy, 1 is uniform")
     axes[1, 0].set_ylabel("entropy, mean over layers")
-    style.legend(
-        figure,
-        "One thin line a seed, the thick line is the median",
-        *(
-            style.line(f"{name}, {style.PHASE_NAMES[phase]}", **drawn, **line)
-            for name, drawn in style.NORMALISERS.items()
-            for phase, line in style.PHASES.items()
-        ),
-        ncols=4,
-    )
+    style.legend_of_phases(figure, "One thin line a seed, the thick line is the median")
     return figure
 
 
 def _draw_cell(above, below, cell):
-    drawn = style.NORMALISERS["Sinkhorn" if cell["num_iters"] else "softmax"]
-    thin = {"color": drawn["color"], "alpha": 0.25, "linewidth": 0.7}
-    for phase, line in style.PHASES.items():
-        values = np.array(cell["entropy"][phase])
-        layers = np.arange(1, values.shape[1] + 1)
-        above.plot(layers, np.median(values, axis=0), **drawn, **line)
-        if phase == "trained":
-            above.plot(layers, values.T, **thin)
-    course = np.array(cell["course"]["entropy"])
-    below.plot(cell["course"]["updates"], np.median(course, axis=0), **drawn)
-    below.plot(cell["course"]["updates"], course.T, **thin)
+    drawn, values = style.of_cell(cell), cell["entropy"]
+    layers = range(1, len(values["trained"][0]) + 1)
+    style.medians_of_phases(above, layers, values, **drawn)
+    updates, course = cell["course"]["updates"], cell["course"]["entropy"]
+    below.plot(updates, np.median(course, axis=0), **drawn)
+    below.plot(updates, np.transpose(course), **style.thin(drawn))

@@ -63,7 +63,6 @@ def _draw_course(axis, cells):
     largest = max(cell["learning_rate"] for cell in cells)
     for cell in cells:
         if cell["learning_rate"] == largest:
-            name = "Sinkhorn" if cell["num_iters"] else "softmax"
-            color = style.NORMALISERS[name]["color"]
+            color = style.of_cell(cell)["color"]
             course = np.array(cell["course"]["residual"]).T
             axis.plot(cell["course"]["updates"], course, color=color, linewidth=0.8)

@@ -121,6 +121,41 @@ def legend(figure: plt.Figure, title: str, *handles: Any, ncols: int = 3) -> Non
     )
 
 
+def of_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """The colour and marker of the normaliser of a cell of the study."""
+    return NORMALISERS["Sinkhorn" if cell["num_iters"] else "softmax"]
+
+
+def legend_of_phases(figure: plt.Figure, title: str, *, ncols: int = 4) -> None:
+    """Puts a legend below all axes: each normaliser before and after training."""
+    lines = (
+        line(f"{name}, {PHASE_NAMES[phase]}", **drawn, **look)
+        for name, drawn in NORMALISERS.items()
+        for phase, look in PHASES.items()
+    )
+    legend(figure, title, *lines, ncols=ncols)
+
+
+def medians_of_phases(axis: plt.Axes, x, values: dict[str, Any], **drawn: Any) -> None:
+    """Draws values [S, X] by phase: the median over seeds; if trained, every seed."""
+    for phase, look in PHASES.items():
+        axis.plot(x, np.median(values[phase], axis=0), **drawn, **look)
+    axis.plot(x, np.transpose(values["trained"]), **thin(drawn))
+
+
+def thin(drawn: dict[str, Any]) -> dict[str, Any]:
+    """The look of the line of a single seed."""
+    return {"color": drawn["color"], "alpha": 0.25, "linewidth": 0.7}
+
+
+def shade_floor(axis: plt.Axes, floor: float) -> None:
+    """Shades what lies below `floor`, if the axis shows a part of it."""
+    bottom, top = axis.get_ylim()
+    if bottom < floor:
+        axis.axhspan(bottom, floor, **FLOOR)
+        axis.set_ylim(bottom, top)
+
+
 def _intervals(values):
     mean, width = np.array([interval(each) for each in values]).T
     return mean, np.where(np.isinf(width), 0.0, width)

@@ -105,7 +105,7 @@ def _update(model, optimization, skips, keys, state, batch):
 
 
 def _map(function):
-    """Applies it to every seed: at once, or on a CPU one after the other."""
+    """The function of all seeds at once, or on a CPU of one after the other."""
     if not _is_cpu():
         return jax.vmap(function)
     return lambda *args: jax.lax.map(lambda each: function(*each), args)

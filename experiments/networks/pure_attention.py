@@ -68,6 +68,14 @@ def log10_relative_residual(
     return np.array([t.log10_relative_residual for t in follow(x, weights, num_iters)])
 
 
+def random_curves(
+    network: Network, num_tokens: int, num_iters: int
+) -> Float[np.ndarray, "S L+1"]:
+    """`log10_relative_residual` of the `random_problem` of each seed of a network."""
+    problems = (random_problem(seed, num_tokens, network) for seed in network.seeds)
+    return np.array([log10_relative_residual(*each, num_iters) for each in problems])
+
+
 def follow(
     x: Float[np.ndarray, "T D"], weights: Weights, num_iters: int
 ) -> Iterator[Tokens]:

@@ -13,7 +13,7 @@ Two bounds may fail: Dong's has gamma = 1, which its proof gives for nearly equa
 factors only, and the reported one an unknown lambda from 0 to 1, here 1; the least
 lambda that the measurements allow is given. "Sinkhorn limit" assumes exact columns.
 
-Takes a minute on a CPU core, with --quick 15 seconds.
+Takes some ten seconds on a CPU core.
 
 The bounds are those of Dong et al. 2021, https://arxiv.org/abs/2103.03404; of Lapenna
 et al. 2026, https://arxiv.org/abs/2604.07925, as reported second-hand; and this

@@ -8,7 +8,7 @@ their tokens through the layers; beside it, networks of attention alone. Ends wi
 figure and with what was seen in it. Two seeds decide nothing: `python -m experiments
 study` has the seeds, the tests and the verdicts.
 
-Takes 5 minutes on 2 CPU cores, with --quick less than one; an interrupted run goes on
+Takes 5 minutes on 2 CPU cores, with --quick about one; an interrupted run goes on
 with the network in progress.
 
 After Lapenna et al. 2026, https://arxiv.org/abs/2604.07925; all sizes are this module's
@@ -26,7 +26,7 @@ import numpy as np
 from ..evidence import files
 from ..figures.demo import draw
 from ..networks import options
-from ..networks.pure_attention import log10_relative_residual, random_problem
+from ..networks.pure_attention import random_curves
 from ..study import rows
 from ..study.cell import Cell, Sizes
 from ..study.observe import significant
@@ -91,14 +91,8 @@ def run(config: Config) -> dict[str, Any]:
             f"Another run writes to {config.output}. Wait until it ends, or give "
             "another output."
         )
-    problems = [
-        random_problem(seed, config.pure_tokens, config.sizes)
-        for seed in config.sizes.seeds
-    ]
     pure = {
-        name: significant(
-            np.array([log10_relative_residual(*each, n) for each in problems])
-        )
+        name: significant(random_curves(config.sizes, config.pure_tokens, n))
         for name, n in (("softmax", 0), ("Sinkhorn", config.num_iters))
     }
     measured = {

@@ -32,7 +32,7 @@ from ..evidence.claims import Finding
 from ..figures import study_entropy, study_paths, study_rows, study_seeds
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
-from ..networks.pure_attention import growth, log10_relative_residual, random_problem
+from ..networks.pure_attention import growth, random_curves
 from ..study import more, plan, rows
 from ..study.bag_of_words import linear_accuracy
 from ..study.cell import Sizes
@@ -128,35 +128,23 @@ def choose(preset: str | None, task: str | None) -> Config:
     return PRESETS[preset or "primary"]
 
 
+_TINY: Final = Sizes(
+    width=8,
+    num_heads=1,
+    mlp_width=8,
+    seq_len=12,
+    vocab_size=100,
+    num_train=64,
+    num_validation=32,
+    num_measured=8,
+    batch_size=8,
+    num_steps=4,
+    num_observations=2,
+    seeds=(0, 1),
+)
 QUICK = Config(
-    text=Sizes(
-        width=8,
-        num_heads=1,
-        mlp_width=8,
-        seq_len=12,
-        vocab_size=100,
-        num_train=64,
-        num_validation=32,
-        num_measured=8,
-        batch_size=8,
-        num_steps=4,
-        num_observations=2,
-        seeds=(0, 1),
-    ),
-    images=Sizes(
-        task="digits",
-        patch_size=2,
-        width=8,
-        num_heads=1,
-        mlp_width=8,
-        num_train=64,
-        num_validation=32,
-        num_measured=8,
-        batch_size=8,
-        num_steps=4,
-        num_observations=2,
-        seeds=(0, 1),
-    ),
+    text=_TINY,
+    images=dataclasses.replace(_TINY, task="digits", patch_size=2),
     rates=(1e-2,),
     no_skip_rates=(1e-2,),
     output=files.RUNS / "study_quick",
@@ -187,7 +175,7 @@ def run(config: Config) -> dict[str, Any] | None:
     others = {}
     if config.preset == "primary":
         pure = {
-            name: pure_curves(num_iters)
+            name: random_curves(PURE, PURE_TOKENS, num_iters)
             for name, num_iters in (("softmax", 0), ("Sinkhorn", plan.NUM_ITERS))
         }
         found = [rows.row(contrast, store.get) for contrast in contrasts]
@@ -228,12 +216,6 @@ def _of_primary(config, store):
         if contrast.name in ("text_pre", "text_post", "images_pre", "text_no_skip"):
             yield from more.of_primary(contrast)
             yield more.best_rates(contrast, store.get)
-
-
-def pure_curves(num_iters: int) -> Float[np.ndarray, "S L+1"]:
-    """Decimal logarithms of the residual of random networks of attention alone."""
-    problems = (random_problem(seed, PURE_TOKENS, PURE) for seed in PURE.seeds)
-    return np.array([log10_relative_residual(*each, num_iters) for each in problems])
 
 
 def pure_row(curves: Float[np.ndarray, "S L+1"]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a cell of the study is: networks that differ in their seed alone."""
+"""A cell of the study: networks that differ in their seed alone."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ Task = Literal["imdb", "fashion_mnist", "digits"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes(options.Training):
-    """What all cells of a task share. Normalisers are compared at equal sizes."""
+    """The options that all cells of a task share, so that normalisers compare."""
 
     task: Task = "imdb"
     width: int = 32  # Features of a token.

@@ -85,7 +85,7 @@ ENTROPY: Final = Quantity(
 
 
 class Arm(NamedTuple):
-    """What one side of a contrast adds to it."""
+    """One term of a contrast: a quantity in the cells of a design."""
 
     name: str
     sign: Literal[1, -1]

@@ -58,9 +58,9 @@ def row(
 ) -> dict[str, Any]:
     """The values of a contrast by arm, rate and seed; no arms if a cell is missing."""
     arms = []
-    missing = sum(get(cell) is None for arm in contrast.arms for cell in arm.cells)
-    for arm in () if missing else contrast.arms:
-        results = [get(cell) for cell in arm.cells]
+    found = [[get(cell) for cell in arm.cells] for arm in contrast.arms]
+    missing = sum(result is None for results in found for result in results)
+    for arm, results in () if missing else zip(contrast.arms, found, strict=True):
         arms.append(
             {
                 "name": arm.name,
@@ -97,7 +97,7 @@ def row(
 
 
 def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    """What figures show of a cell: its first and last observation, and its course."""
+    """The first and last observation of a cell and its course, for figures."""
     of = lambda name: np.array(result[name], np.float64)
     residual, entropy = of("relative_residual"), of("entropy")
     gradient = of("attention_gradient")
@@ -154,38 +154,35 @@ def tested_rates(row: dict[str, Any]) -> list[int]:
 
 
 def primary_findings(rows: Sequence[dict[str, Any]]) -> list[Finding]:
-    """The verdicts of contrasts, with Holm's correction for the number of them all."""
+    """The verdicts of contrasts, by tests that assume no distribution."""
+
+    def test(row, values):
+        if row["kind"] == "equal":
+            return contrasts.equal(values, row["margin"])
+        return contrasts.greater(values)
+
+    return _findings(rows, test)
+
+
+def secondary_findings(rows: Sequence[dict[str, Any]]) -> list[Finding]:
+    """The verdicts of contrasts with few seeds, by Student's t.
+
+    With 5 seeds a test without the assumption of normal values cannot reject.
+    """
+    return _findings(rows, lambda row, values: contrasts.by_t(values))
+
+
+def _findings(rows, test):
+    """The findings of all rows, with Holm's correction for the number of them."""
     outcomes = []
     for each in rows:
-        if not (rates := tested_rates(each)) or _all_at_floor(each, rates):
-            outcomes.append(None)
-            continue
-        values = sums(each, rates)
-        if each["kind"] == "equal":
-            outcomes.append(contrasts.equal(values, each["margin"]))
-        else:
-            outcomes.append(contrasts.greater(values))
+        rates = tested_rates(each)
+        is_tested = bool(rates) and not _all_at_floor(each, rates)
+        outcomes.append(test(each, sums(each, rates)) if is_tested else None)
     adjusted = contrasts.holm([1.0 if o is None else o.p_value for o in outcomes])
     return [
         _finding(each, outcome, float(p))
         for each, outcome, p in zip(rows, outcomes, adjusted, strict=True)
-    ]
-
-
-def secondary_findings(rows: Sequence[dict[str, Any]]) -> list[Finding]:
-    """The verdicts of contrasts with few seeds, by Student's t and Holm's correction.
-
-    With 5 seeds a test without the assumption of normal values cannot reject.
-    """
-    found = []
-    for each in rows:
-        rates = tested_rates(each)
-        is_tested = bool(rates) and not _all_at_floor(each, rates)
-        found.append(contrasts.by_t(sums(each, rates)) if is_tested else None)
-    adjusted = contrasts.holm([1.0 if f is None else f.p_value for f in found])
-    return [
-        _finding(each, outcome, float(p))
-        for each, outcome, p in zip(rows, found, adjusted, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from ..networks.pure_attention import normalise
 from . import products
 from .cell import Cell, Sizes
 from .observe import as_lists, observe, significant
+from .plan import NUM_ITERS
 
 # Examples and paths of each length over which products of attention matrices are taken.
 NUM_TEXTS: Final = 4
@@ -30,23 +31,22 @@ def load_data(sizes: Sizes) -> Data:
         FileNotFoundError: The images are missing; says how to install them.
         ModuleNotFoundError: A package with the data is missing; says how to install it.
     """
-    options = {"seed": sizes.data_seed}
-    if sizes.task == "imdb":
-        name = f"imdb-{sizes.seq_len}-{sizes.vocab_size}-{sizes.num_train}"
-        path = files.RUNS / "data" / f"{name}-{sizes.num_validation}-{sizes.data_seed}"
-        make = functools.partial(
-            imdb,
-            seq_len=sizes.seq_len,
-            vocab_size=sizes.vocab_size,
-            num_train=sizes.num_train,
-            num_validation=sizes.num_validation,
-            **options,
-        )
-    else:
-        name = f"{sizes.task}-{sizes.num_train}"
-        path = files.RUNS / "data" / f"{name}-{sizes.num_validation}-{sizes.data_seed}"
-        make = functools.partial(_images, sizes)
-    return _kept(path.with_name(path.name + ".npz"), make)
+    is_text = sizes.task == "imdb"
+    words = (sizes.seq_len, sizes.vocab_size) if is_text else ()
+    parts = (*words, sizes.num_train, sizes.num_validation, sizes.data_seed)
+    name = "-".join(map(str, (sizes.task, *parts)))
+    make = functools.partial(_texts if is_text else _images, sizes)
+    return _kept(files.RUNS / "data" / f"{name}.npz", make)
+
+
+def _texts(sizes):
+    return imdb(
+        seq_len=sizes.seq_len,
+        vocab_size=sizes.vocab_size,
+        num_train=sizes.num_train,
+        num_validation=sizes.num_validation,
+        seed=sizes.data_seed,
+    )
 
 
 def _images(sizes):
@@ -154,7 +154,7 @@ def _paths(cell, model, params, examples):
         model, params, few.inputs, has_skip=cell.has_skip
     )
     found = {}
-    for name, num_iters in (("softmax", 0), ("Sinkhorn", cell.num_iters or 10)):
+    for name, num_iters in (("softmax", 0), ("Sinkhorn", cell.num_iters or NUM_ITERS)):
         normaliser = functools.partial(normalise, num_iters=num_iters)
         by_seed = [
             products.along_paths(

@@ -85,8 +85,7 @@ class Linear(NamedTuple):
     @classmethod
     def of(cls, logits: Float[Array, "T S"]) -> "Linear":
         """Exponentiates the logits, which are -inf where an entry is excluded."""
-        shift = Shift.of(logits)
-        return cls.shifted_by(shift, logits)
+        return cls.shifted_by(Shift.of(logits), logits)
 
     @classmethod
     def shifted_by(cls, shift: Shift, logits: Float[Array, "T S"]) -> "Linear":
@@ -143,16 +142,10 @@ class Linear(NamedTuple):
         `direct` is a matrix, a scalar, or a `Product` of rank D. A `Product` and the
         correction become one matrix product of rank K + M + D.
         """
-        row_left, col_left = (
-            -correction.row_weight * correction.row_r,
-            -correction.col_r,
-        )
-        row_right, col_right = (
-            correction.row_c,
-            correction.col_weight * correction.col_c,
-        )
-        left = [_in_order(row_left, col_left)]
-        right = [_in_order(row_right, col_right)]
+        row_left = -correction.row_weight * correction.row_r
+        col_right = correction.col_weight * correction.col_c
+        left = [_in_order(row_left, -correction.col_r)]
+        right = [_in_order(correction.row_c, col_right)]
         if isinstance(direct, Product):
             left.append(direct.left_t * r[None, :])
             right.append(direct.right * c[None, :])
@@ -232,10 +225,7 @@ class Log(NamedTuple):
 
         The scalings of the steps differ too much for one kernel matrix here.
         """
-        (row_r, row_c, row_weight), (col_r, col_c, col_weight) = (
-            correction[:3],
-            correction[3:6],
-        )
+        row_r, row_c, row_weight, col_r, col_c, col_weight = correction[:6]
         steps = (
             _in_order(row_r, col_r),
             _in_order(row_c, col_c),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import study_double
 
+from experiments.networks.pure_attention import random_curves
 from experiments.questions import study
 from experiments.study.store import Store
 
@@ -116,7 +117,7 @@ def test_from_options_to_files(computed, config, capsys):
 
 
 def test_pure_attention_triples_the_logarithm():
-    curves = study.pure_curves(10)
+    curves = random_curves(study.PURE, study.PURE_TOKENS, 10)
     assert curves.shape == (10, 13)
     np.testing.assert_allclose(curves[:, -1] / curves[:, -2], 3, rtol=1e-3)
     (row,) = study.pure_row(curves)["arms"]
