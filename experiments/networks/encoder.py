@@ -46,7 +46,8 @@ class Encoder(nn.Module):
     of A and M, "post" on the sum, as in the original Transformer. Images become
     patches, as in Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, or with
     `has_conv_stem` the same number of tokens through 3 x 3 convolutions of stride 2,
-    after Xiao et al. 2021, https://arxiv.org/abs/2106.14881. Parameters do not depend
+    after Xiao et al. 2021, https://arxiv.org/abs/2106.14881. All tokens share the
+    projection to the width unless `has_own_projections`. Parameters do not depend
     on `num_iters`, `finish` and `logit_scale`, so the parameters of a softmax encoder
     serve a Sinkhorn encoder.
     """
@@ -59,6 +60,7 @@ class Encoder(nn.Module):
     seq_len: int | None = None  # Most tokens of a text; None for images.
     patch_size: int | None = None  # Side of an image's square patches; None for texts.
     has_conv_stem: bool = False  # Convolutions that halve the image, not patches.
+    has_own_projections: bool = False  # Each place of an image has its projection.
     num_classes: int = 2
     has_mlp: bool = True
     mlp_width: int | None = None  # None is four times the width.
@@ -178,7 +180,7 @@ class Encoder(nn.Module):
             x = inputs.astype(self.dtype) / np.asarray(255, self.dtype)
             if self.has_conv_stem:
                 x = self._convolve(x)
-            x = nn.Dense(self.width, dtype=self.dtype, name="patch")(x)
+            x = self._project(x)
             num_positions = x.shape[1]
         if self.position == "learned":
             shape = (num_positions, self.width)
@@ -190,11 +192,21 @@ class Encoder(nn.Module):
         return x + position[None, : x.shape[1]].astype(self.dtype)
 
     def _convolve(self, x):
-        for i in reversed(range(self.patch_size.bit_length() - 1)):
-            # Twice the features at half the side, up to the width.
-            features = max(1, self.width >> i)
-            x = nn.relu(nn.Conv(features, (3, 3), strides=2, dtype=self.dtype)(x))
+        for _ in range(self.patch_size.bit_length() - 1):
+            x = nn.relu(nn.Conv(self.width, (3, 3), strides=2, dtype=self.dtype)(x))
         return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def _project(self, x):
+        if not self.has_own_projections:
+            return nn.Dense(self.width, dtype=self.dtype, name="patch")(x)
+        return nn.Einsum(
+            (*x.shape[1:], self.width),
+            "btp,tpd->btd",
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.lecun_normal(batch_axis=0),
+            name="patch",
+        )(x)
 
     def _with_class_token(self, lengths, x):
         token = self.param("class_token", _SMALL, (self.width,), jnp.float32)

@@ -1,13 +1,17 @@
 """A cell of the study: networks that differ in their seed alone."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from ..networks import options
 from ..networks.encoder import Encoder, LayerNorm
 from ..networks.tokens import Pooling
 
 Task = Literal["imdb", "fashion_mnist", "digits"]
+
+# Fields of Sizes.
+_OF_TEXTS: Final = ("seq_len", "vocab_size")
+_OF_IMAGES: Final = ("patch_size", "has_conv_stem", "has_own_projections")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Sizes(options.Training):
     vocab_size: int = 4000  # Words, with padding and unknown.
     patch_size: int = 4  # Side of the square of an image that becomes a token.
     has_conv_stem: bool = True  # Images become tokens by convolutions, not patches.
+    has_own_projections: bool = False  # Each place of an image has its projection.
     num_train: int = 20_000  # Training examples.
     num_validation: int = 2000  # Validation examples, for the accuracy.
     num_measured: int = 64  # Of them, those on which the layers are measured.
@@ -83,19 +88,16 @@ class Cell:
         """Everything that decides the numbers of the cell."""
         fields = dataclasses.asdict(self)
         sizes = fields.pop("sizes")
-        del sizes["depth"]
+        unused = _OF_IMAGES if self.sizes.task == "imdb" else _OF_TEXTS
+        for name in ("depth", *unused):
+            del sizes[name]
         return {**sizes, **fields}
 
     def encoder(self, vocab_size: int | None) -> Encoder:
         """The network. `vocab_size` is that of the data; None for images."""
         sizes = self.sizes
-        if vocab_size is None:
-            inputs: dict[str, Any] = {
-                "patch_size": sizes.patch_size,
-                "has_conv_stem": sizes.has_conv_stem,
-            }
-        else:
-            inputs = {"vocab_size": vocab_size, "seq_len": sizes.seq_len}
+        names = _OF_IMAGES if vocab_size is None else ("seq_len",)
+        inputs = {name: getattr(sizes, name) for name in names}
         return Encoder(
             depth=self.depth,
             width=sizes.width,
@@ -105,5 +107,6 @@ class Cell:
             layer_norm=self.layer_norm,
             pooling=self.pooling,
             num_classes=sizes.num_classes,
+            vocab_size=vocab_size,
             **inputs,
         )

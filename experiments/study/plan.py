@@ -13,7 +13,13 @@ from ..networks.measures import FLOAT32_FLOOR
 from .cell import Cell, Sizes
 
 TEXT: Final = Sizes()
-IMAGES: Final = Sizes(task="fashion_mnist", num_train=50_000, num_steps=1200)
+IMAGES: Final = Sizes(
+    task="fashion_mnist",
+    has_own_projections=True,
+    num_train=50_000,
+    batch_size=16,
+    num_steps=4200,
+)
 # The peaks of Adam's rate, the same for all normalisers.
 RATES: Final = (1e-3, 3e-3, 1e-2)
 # Without skip connections the largest rate fails, whatever the normaliser.

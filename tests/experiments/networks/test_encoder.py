@@ -170,6 +170,26 @@ def test_a_convolutional_stem_makes_as_many_tokens_and_overlaps():
     assert params["position"].shape == (3 * 2, 8)
 
 
+def test_each_place_of_an_image_can_have_its_projection():
+    x = images()
+    x[0] = x[0, 0, 0]  # All squares are equal.
+    model = image_encoder(patch_size=2, has_own_projections=True, position="none")
+    params = init_images(model, x)
+    embed = lambda x: model.apply({"params": params}, x)[1].hidden_states[0]
+    kernel = params["patch"]["kernel"]
+    assert kernel.shape == (6, 4, 8)
+    squares = np.asarray(tokens.patches(jnp.asarray(x), 2)) / np.float32(255)
+    expected = np.stack(
+        [squares[:, i] @ np.asarray(kernel[i]) for i in range(6)], axis=1
+    )
+    np.testing.assert_allclose(embed(x), expected, atol=1e-6)
+    assert np.abs(np.diff(embed(x)[0], axis=0)).min() > 0
+    # Each is drawn as if it were alone: the variance is that of 4 inputs.
+    many = image_encoder(patch_size=2, has_own_projections=True, width=512)
+    kernel = init_images(many, x)["patch"]["kernel"]
+    np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.5, rtol=0.05)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max", "class_token"])
 def test_recomputed_layers_are_the_same_layers(pooling):
     x = images()

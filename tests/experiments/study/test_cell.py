@@ -9,17 +9,12 @@ from support import study_double
 from experiments.study import more, plan
 from experiments.study.cell import Cell, Sizes
 
-# A value of every field of Sizes but the depth, and of Cell but the sizes, which is not
-# its default.
+# Values that are not the default: of the fields of Sizes that texts and images share,
+# of the others, and of those of Cell.
 OTHER_SIZES = {
-    "task": "digits",
     "width": 64,
     "num_heads": 4,
     "mlp_width": 65,
-    "seq_len": 97,
-    "vocab_size": 4001,
-    "patch_size": 2,
-    "has_conv_stem": False,
     "num_train": 20_001,
     "num_validation": 2001,
     "num_measured": 65,
@@ -29,6 +24,8 @@ OTHER_SIZES = {
     "seeds": (0, 1),
     "data_seed": 1,
 }
+OF_TEXTS = {"seq_len": 97, "vocab_size": 4001}
+OF_IMAGES = {"patch_size": 2, "has_conv_stem": False, "has_own_projections": True}
 OTHER_DESIGN = {
     "num_iters": 10,
     "learning_rate": 0.02,
@@ -54,22 +51,28 @@ def test_secondary_cells_overwrite_no_primary_ones():
     assert len({cell.name for cell in every}) == len(every)
 
 
-def test_the_setting_has_every_field():
+@pytest.mark.parametrize(
+    ("task", "used", "unused"),
+    [("imdb", OF_TEXTS, OF_IMAGES), ("fashion_mnist", OF_IMAGES, OF_TEXTS)],
+)
+def test_the_setting_is_what_decides_the_numbers(task, used, unused):
     fields = lambda kind: {field.name for field in dataclasses.fields(kind)}
-    assert fields(Sizes) - {"depth"} == set(OTHER_SIZES)
+    known = {"task", *OTHER_SIZES, *OF_TEXTS, *OF_IMAGES}
+    assert fields(Sizes) - {"depth"} == known
     assert fields(Cell) - {"sizes"} == set(OTHER_DESIGN)
-    settings = [PLAIN.setting]
-    for name, value in OTHER_SIZES.items():
-        sizes = dataclasses.replace(Sizes(), **{name: value})
-        settings.append(dataclasses.replace(PLAIN, sizes=sizes).setting)
+    plain = dataclasses.replace(PLAIN, sizes=Sizes(task=task))
+    settings = [plain.setting]
+    for name, value in (OTHER_SIZES | used).items():
+        sizes = dataclasses.replace(plain.sizes, **{name: value})
+        settings.append(dataclasses.replace(plain, sizes=sizes).setting)
     for name, value in OTHER_DESIGN.items():
-        settings.append(dataclasses.replace(PLAIN, **{name: value}).setting)
+        settings.append(dataclasses.replace(plain, **{name: value}).setting)
     for number, setting in enumerate(settings):
         assert setting not in settings[:number]
-    # The depth of the sizes is that of no network.
-    shallow = dataclasses.replace(PLAIN, sizes=Sizes(depth=1))
-    assert shallow.setting == PLAIN.setting
-    assert shallow.encoder(9).depth == 6
+    # The depth of a cell is its own.
+    for name, value in (unused | {"depth": 1}).items():
+        sizes = dataclasses.replace(plain.sizes, **{name: value})
+        assert dataclasses.replace(plain, sizes=sizes).setting == plain.setting
 
 
 def test_the_network_has_the_design_of_the_cell():
@@ -90,6 +93,9 @@ def test_the_network_has_the_design_of_the_cell():
     images = dataclasses.replace(sizes, task="digits", patch_size=2)
     digits = study_double.cell(images).encoder(None)
     assert (digits.patch_size, digits.has_conv_stem) == (2, True)
+    assert not digits.has_own_projections
+    own = dataclasses.replace(images, has_own_projections=True)
+    assert study_double.cell(own).encoder(None).has_own_projections
     assert (digits.vocab_size, digits.num_classes) == (None, 10)
 
 
