@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._runtime.vmap import max_in_batch
 from .domain import Correction, Domain
 from .gradient import Implicit
 from .iteration import Finish, ScalingHistory
@@ -90,27 +91,39 @@ def reverse_sweep(
         row_weight = row_weight.at[num_iters].set(weight_of_row_step(num_iters, df))
         df = jnp.zeros_like(df)
 
-    def undo_full_iteration(i, carry):
-        k = num_iters - i
-        row_weight, col_weight, df, dg, before, sums = carry
+    def undo_full_iteration(k, weight_of_row, df, dg, before, sums):
         row_changes, col_changes, are_small = changes(k)
         common = jnp.where(are_small, -excess / total, 0)
-        dg = dg - domain.apply_left(row_weight[k], r[k], c[k])
+        dg = dg - domain.apply_left(weight_of_row, r[k], c[k])
         weight = weight_of_col_step(k, dg)
         weight = jnp.where(domain.cols, weight + (common - before), 0)
         sums = sums[0] + common, sums[1] + weight - common
-        col_weight = col_weight.at[k].set(weight + common * col_changes)
+        weight_of_col = weight + common * col_changes
         df = df - domain.apply(r[k - 1], c[k], weight) + a * common * row_changes
         df = df - share * (df.sum() + jnp.where(are_small, 0, excess))
-        row_weight = row_weight.at[k - 1].set(weight_of_row_step(k - 1, df))
+        weight_of_row = weight_of_row_step(k - 1, df)
         # The cotangents from outside reach only the potentials of the result.
         dg = -b * common * col_changes
-        return row_weight, col_weight, jnp.zeros_like(df), dg, common, sums
+        rest = jnp.zeros_like(df), dg, common, sums
+        return weight_of_row, weight_of_col, *rest
+
+    has_stop = history.stopped is not None
+    # All matrices that `vmap` maps over write to the same place.
+    last = max_in_batch(num_iters) if has_stop else num_iters
+
+    def undo(i, carry):
+        k = last - i
+        row_weight, col_weight, *rest = carry
+        old = row_weight[k - 1], col_weight[k], *rest
+        new = undo_full_iteration(k, row_weight[k], *rest)
+        if has_stop:  # An iteration that did not run leaves everything as it is.
+            ran = k <= num_iters
+            new = jax.tree.map(lambda n, o: jnp.where(ran, n, o), new, old)
+        row, col, *rest = new
+        return row_weight.at[k - 1].set(row), col_weight.at[k].set(col), *rest
 
     init = row_weight, col_weight, df, dg, zero, (zero, jnp.zeros_like(dg))
-    row_weight, col_weight, *_, (common, db) = jax.lax.fori_loop(
-        0, num_iters, undo_full_iteration, init
-    )
+    row_weight, col_weight, *_, (common, db) = jax.lax.fori_loop(0, last, undo, init)
     da = jnp.where(domain.rows, row_weight.sum(axis=0) + common, 0)
     db = jnp.where(domain.cols, db, 0)
     col_factors = r[:-1], c[1:], col_weight[1:]

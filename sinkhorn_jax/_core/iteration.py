@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._runtime.vmap import max_in_batch
 from .domain import Domain, Linear
 from .options import Finish, Options
 from .precision import in_range
@@ -65,10 +66,12 @@ def iterate(domain: Domain, a, b, options: Options) -> ScalingHistory:
 
 
 def _iterate_until(domain, start, first, a, b, options):
-    """The history of iterations until the tolerance is met, at most `num_iters`."""
+    """The history of iterations until the tolerance is met, at most `num_iters`.
+
+    All matrices that `vmap` maps over iterate until the last is done, and one that is
+    done repeats its state. So they write to the same place of their histories.
+    """
     limit, finish = options.num_iters, options.finish
-    r = jnp.zeros((limit + 1, *first.shape), first.dtype).at[0].set(first)
-    c = jnp.zeros((limit + 1, *start.shape), start.dtype).at[0].set(start)
     # The next column step also tells the column sums of the state before it, so testing
     # them costs nothing. Rows are exact until a result ends on columns.
     following = domain.col_step(first, b)
@@ -77,27 +80,36 @@ def _iterate_until(domain, start, first, a, b, options):
         error = jnp.full_like(error, jnp.inf)
 
     def unfinished(state):
-        k, error, *_ = state
-        return (k < limit) & (error > options.tolerance)
+        i, is_done, *_ = state
+        return (i < limit) & max_in_batch(~is_done)
 
     def full_iteration(state):
-        k, _, r, c, following = state
+        i, is_done, k, following, r, c = state
         c_k = following
         r_k = domain.row_step(c_k, a)
-        following = domain.col_step(r_k, b)
+        next_c = domain.col_step(r_k, b)
         if finish == "rows":
-            error = relative_defect(domain, c_k, following, a, b)
+            error = relative_defect(domain, c_k, next_c, a, b)
         else:
-            error = relative_defect(domain, r[k], r_k, a, a)
-        return k + 1, error, r.at[k + 1].set(r_k), c.at[k + 1].set(c_k), following
+            error = relative_defect(domain, r[i], r_k, a, a)
+        stays = lambda new, old: jnp.where(is_done, old, new)
+        r = r.at[i + 1].set(stays(r_k, r[i]))
+        c = c.at[i + 1].set(stays(c_k, c[i]))
+        k = stays(i + 1, k)
+        # A NaN ends the iteration, as it ends a comparison.
+        is_done = is_done | ~(error > options.tolerance)
+        return i + 1, is_done, k, stays(next_c, following), r, c
 
-    k, _, r, c, _ = jax.lax.while_loop(
-        unfinished, full_iteration, (jnp.int32(0), error, r, c, following)
+    zero = jnp.int32(0)
+    r, c = (
+        jnp.zeros((limit + 1, *x.shape), x.dtype).at[0].set(x) for x in (first, start)
     )
+    init = zero, ~(error > options.tolerance), zero, following, r, c
+    i, _, k, _, r, c = jax.lax.while_loop(unfinished, full_iteration, init)
     # In log space the plan of the last r and of zeros as the next c could overflow, and
     # an infinity times a weight of 0 is NaN. The last state repeated has a finite plan.
-    ran = jnp.arange(limit + 1, dtype=jnp.int32)[:, None] <= k
-    r, c = jnp.where(ran, r, r[k][None]), jnp.where(ran, c, c[k][None])
+    ran = jnp.arange(limit + 1, dtype=jnp.int32)[:, None] <= i
+    r, c = jnp.where(ran, r, r[i][None]), jnp.where(ran, c, c[i][None])
     return ScalingHistory(r, c, k)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Shaped
 
 from .shard_map import varying_like
 
@@ -65,19 +65,20 @@ def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
 
 
 @custom_vmap
-def any_in_batch(flag: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether the flag is set for any matrix, including all that `vmap` maps over.
+def max_in_batch(x: Shaped[Array, ""]) -> Shaped[Array, ""]:
+    """The largest of a number, or of flags, over all matrices that `vmap` maps over.
 
-    A `lax.cond` on the result stays a branch under `vmap`. A batched predicate would
-    become a select, which always computes both sides.
+    A `lax.cond` on the result stays a branch under `vmap`, and a `lax.while_loop` a
+    loop. A batched predicate would become a select: of both sides of the branch, and of
+    everything that the loop carries, in each iteration.
     """
-    return flag
+    return x
 
 
-@any_in_batch.def_vmap
-def _any_in_batch_vmap(axis_size, in_batched, flag):
+@max_in_batch.def_vmap
+def _max_in_batch_vmap(axis_size, in_batched, x):
     del axis_size
-    return any_in_batch(jnp.any(flag, axis=0) if in_batched[0] else flag), False
+    return max_in_batch(jnp.max(x, axis=0) if in_batched[0] else x), False
 
 
 def with_fallback(
@@ -91,4 +92,4 @@ def with_fallback(
     def fallback():
         return jax.tree.map(functools.partial(jnp.where, is_right), result, instead())
 
-    return jax.lax.cond(any_in_batch(~is_right), fallback, lambda: result)
+    return jax.lax.cond(max_in_batch(~is_right), fallback, lambda: result)

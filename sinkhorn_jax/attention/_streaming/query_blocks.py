@@ -11,7 +11,7 @@ from ..._core.domain import minus_both
 from ..._core.precision import dot
 from ..._runtime.arguments import are_known
 from ..._runtime.shard_map import varying_like
-from ..._runtime.vmap import any_in_batch
+from ..._runtime.vmap import max_in_batch
 from .._heads import Heads
 from .._problem import Problem
 
@@ -97,7 +97,7 @@ class QueryBlock:
         logits, row, col = self.logits(), self.take(f)[:, None], g[None, :]
         is_large = (jnp.abs(f).max() > PLAIN_SUM) | (jnp.abs(g).max() > PLAIN_SUM)
         return jax.lax.cond(
-            any_in_batch(is_large),
+            max_in_batch(is_large),
             lambda: jnp.exp(minus_both(logits, -row, -col)),
             lambda: jnp.exp((logits + row) + col),
         )

@@ -3,12 +3,14 @@
 import functools
 
 import chex
+import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 from support import reference
 from support.matrices import S, T, random
 
-from sinkhorn_jax import sinkhorn_potentials
+from sinkhorn_jax import sinkhorn, sinkhorn_potentials
 from sinkhorn_jax.matrix import IMPLEMENTATIONS
 
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -45,3 +47,35 @@ def test_tolerance_can_be_met_by_the_softmax_and_missed_at_the_limit(implementat
     sharp = solve(random(0, (T, S), scale=9.0), 2, tolerance=1e-9)
     assert sharp.num_iters == 2
     assert sharp.marginal_error > 1e-9
+
+
+@pytest.mark.parametrize("function", ["value", "gradient"])
+def test_a_batch_copies_no_history_in_its_loops(function):
+    """A select of the history in each iteration would take quadratic time."""
+    limit = 77
+
+    def value(logits):
+        return sinkhorn(logits, limit, tolerance=1e-6, implementation="scaling").sum()
+
+    traced = {"value": value, "gradient": jax.grad(value)}[function]
+    jaxpr = jax.make_jaxpr(traced)(jnp.zeros((3, T, S)))
+    loops = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "while"]
+    assert loops
+    bodies = [loop.params["body_jaxpr"].jaxpr for loop in loops]
+    inside = [eqn for body in bodies for eqn in equations(body)]
+    selected = [
+        out.aval.shape
+        for eqn in inside
+        if eqn.primitive.name == "select_n"
+        for out in eqn.outvars
+    ]
+    assert selected
+    assert not any(limit + 1 in shape for shape in selected)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those within."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
