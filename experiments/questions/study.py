@@ -29,7 +29,13 @@ from jaxtyping import Float
 
 from ..evidence import files
 from ..evidence.claims import Finding
-from ..figures import study_entropy, study_paths, study_rows, study_seeds
+from ..figures import (
+    study_courses,
+    study_entropy,
+    study_paths,
+    study_rows,
+    study_seeds,
+)
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
 from ..networks.pure_attention import growth, random_curves
@@ -187,6 +193,7 @@ def run(config: Config) -> dict[str, Any] | None:
             "entropy": study_entropy.draw,
             "seeds": study_seeds.draw,
             "paths": study_paths.draw,
+            "courses": study_courses.draw,
         }
     else:
         if config.preset == "secondary":

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from ..evidence import contrasts
 from ..evidence.claims import Finding
@@ -28,16 +28,20 @@ def why_untested(cell: Cell, result: dict[str, Any]) -> str | None:
     residual = np.array(result["relative_residual"], np.float64)[:, -1]
     if diverged := int((~np.isfinite(residual).all(axis=1)).sum()):
         return f"{diverged} of the networks diverged"
-    chance = 1 / cell.sizes.num_classes
-    error = math.sqrt(chance * (1 - chance) / cell.sizes.num_validation)
-    accuracy = np.array(result["validation_accuracy"])
-    learned = (accuracy > chance + ABOVE_CHANCE * error).mean()
+    learned = has_learned(cell, result).mean()
     if learned < LEARNED:
         return f"{learned:.0%} of the networks are better than chance"
     entropy = np.array(result["entropy"], np.float64)[:, -1]  # [S, L]
     if np.median(entropy.min(axis=1)) > 1 - UNIFORM:
         return f"attention is uniform to within {UNIFORM:.0%} in every layer"
     return None
+
+
+def has_learned(cell: Cell, result: dict[str, Any]) -> Bool[np.ndarray, " S"]:
+    """Which networks classify better than chance after training."""
+    chance = 1 / cell.sizes.num_classes
+    error = math.sqrt(chance * (1 - chance) / cell.sizes.num_validation)
+    return np.array(result["validation_accuracy"]) > chance + ABOVE_CHANCE * error
 
 
 def is_at_floor(arm: Arm, result: dict[str, Any]) -> bool:
@@ -110,6 +114,7 @@ def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         "num_iters": cell.num_iters,
         "learning_rate": cell.learning_rate,
         "untested": why_untested(cell, result),
+        "has_learned": has_learned(cell, result).tolist(),
         "residual": {
             "init": significant(residual[:, 0]),
             "trained": significant(residual[:, -1]),
@@ -121,6 +126,7 @@ def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         "course": {
             "updates": result["updates"],
             "residual": significant(residual[:, :, -2]),
+            "middle_residual": significant(residual[:, :, cell.depth // 2]),
             "entropy": significant(entropy.mean(axis=2)),
             "first_gradient": significant(gradient[:, :, 0]),
         },
