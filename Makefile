@@ -30,7 +30,7 @@ TESTS ?= tests/package/attention tests/package/matrix tests/package/flax/test_mu
 GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
-.PHONY: demo report test check-results test-all benchmark clean
+.PHONY: demo report test check-results test-all fuzz benchmark clean
 .PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # Programs that share a device must not run at the same time.
@@ -56,6 +56,10 @@ check-results: $(INSTALLED)
 # With XLA's default loops; tests/conftest.py says which ones `make test` uses.
 test-all: $(PEERS)
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest
+
+# 20,000 random matrix problems; goes on where it was stopped.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py
 
 benchmark: $(PEERS)
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,77 @@
+"""Checks random matrix problems by the thousand, for every program: `make fuzz`.
+
+It goes on where it was stopped. Of a problem that fails it prints a simple form, which
+`support.properties.check` fails on again, and it ends with status 1.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import hypothesis
+import jax
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from support.properties import check
+from support.random_problems import compiled, every_program, problems
+
+
+def fuzz(program, num_examples, seed):
+    """The largest errors over problems of one program."""
+    worst = {}
+
+    @hypothesis.settings(
+        max_examples=num_examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.seed(seed)
+    @hypothesis.given(problems(program))
+    def check_each(problem):
+        for name, error in check(program, problem).items():
+            worst[name] = max(error, worst.get(name, 0.0))
+
+    check_each()
+    return {name: float(f"{error:.2g}") for name, error in worst.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    default = pathlib.Path("runs") / "fuzz.json"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    programs = list(every_program())
+    each = -(-options.examples // len(programs))
+    about = {"seed": options.seed, "examples": each, "jax": jax.__version__}
+    done = about | {"worst": {}}
+    if options.output.exists():
+        before = json.loads(options.output.read_text())
+        if {name: before[name] for name in about} == about:
+            done = before
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    has_failed = False
+    for number, program in enumerate(programs, start=1):
+        if program.name in done["worst"]:
+            continue
+        print(f"[{number}/{len(programs)}] {program.name}", flush=True)
+        try:
+            done["worst"][program.name] = fuzz(program, each, options.seed)
+        except Exception as error:
+            has_failed = True
+            print(f"Failed with --seed {options.seed}: {error}")
+            print(*getattr(error, "__notes__", ()), sep="\n", flush=True)
+            continue
+        options.output.write_text(json.dumps(done, indent=1) + "\n")
+        compiled.cache_clear()
+        jax.clear_caches()
+    return has_failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
