@@ -47,7 +47,7 @@ class Truncated:
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Implicit:
     """Differentiates the fixed point, by the implicit function theorem.
 

@@ -115,7 +115,7 @@ def compiled(program):
 
 IMPLEMENTATIONS = ("scaling", "reference")
 SHAPES = ((5, 7), (6, 6), (1, 8), (8, 1), (16, 3), (24, 24))
-GRADIENTS = (Exact(), Truncated(2), Implicit(1e-12))
+GRADIENTS = (Exact(), Truncated(2), Implicit(tolerance=1e-12))
 FINISHES = ("rows", "columns")
 TOLERANCES = (None, 1e-3)
 DTYPES = ("float64", "float32")

@@ -55,7 +55,7 @@ def gradients_of_the_reference(case):
     [
         {"gradient": Truncated(0)},
         {"gradient": Truncated(2), "finish": "columns", "num_iters": 4},
-        {"gradient": Implicit(1e-12), "num_iters": 300},
+        {"gradient": Implicit(tolerance=1e-12), "num_iters": 300},
         {"num_iters": 0},
         {"num_iters": 2, "dropout_rate": 0.4, "dropout_rng": jax.random.key(3)},
     ],

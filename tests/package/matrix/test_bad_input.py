@@ -75,7 +75,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="negative, got -1"):
             Truncated(-1)
         with pytest.raises(ValueError, match="positive and finite"):
-            Implicit(0.0)
+            Implicit(tolerance=0.0)
         with pytest.raises(ValueError, match="at least 1"):
             Implicit(max_iters=0)
         with pytest.raises(TypeError, match="integer"):

@@ -69,7 +69,7 @@ def ours(shape):
         # The plan has mass 1.
         value = epsilon * (jnp.vdot(f, a) + jnp.vdot(g, b) - 1.0)
         weighted = lambda cost: jnp.vdot(
-            solve(sinkhorn, cost, a, b, epsilon, gradient=Implicit(1e-14)),
+            solve(sinkhorn, cost, a, b, epsilon, gradient=Implicit(tolerance=1e-14)),
             weights(shape),
         )
         return plan, both, value, epsilon * jax.grad(weighted)(cost)

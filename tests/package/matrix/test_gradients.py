@@ -26,8 +26,16 @@ GRADIENT_CASES = {
     "truncated": {"gradient": Truncated(2), "marginals": True},
     "truncated, columns": {"gradient": Truncated(1), "finish": "columns"},
     "truncated to the last row step": {"gradient": Truncated(0)},
-    "implicit": {"gradient": Implicit(1e-12), "num_iters": 300, "marginals": True},
-    "implicit, masked": {"gradient": Implicit(1e-12), "num_iters": 200, "masked": True},
+    "implicit": {
+        "gradient": Implicit(tolerance=1e-12),
+        "num_iters": 300,
+        "marginals": True,
+    },
+    "implicit, masked": {
+        "gradient": Implicit(tolerance=1e-12),
+        "num_iters": 200,
+        "masked": True,
+    },
     "tolerance": {"tolerance": 0.03, "num_iters": 20},
     "tolerance, columns": {"tolerance": 0.03, "num_iters": 20, "finish": "columns"},
     "tolerance, truncated": {
@@ -271,5 +279,7 @@ def test_implicit_is_the_limit_of_exact():
         )
 
     chex.assert_trees_all_close(
-        gradient(Implicit(1e-12)), gradient(Exact()), atol=FLOAT64_GRADIENT_ATOL
+        gradient(Implicit(tolerance=1e-12)),
+        gradient(Exact()),
+        atol=FLOAT64_GRADIENT_ATOL,
     )

@@ -235,7 +235,7 @@ def test_converged_plans_and_implicit_gradients_agree_with_ott():
             500,
             row_marginal=a,
             col_marginal=b,
-            gradient=Implicit(1e-12),
+            gradient=Implicit(tolerance=1e-12),
         )
         return (plan * w).sum(), plan
 

@@ -17,7 +17,7 @@ PROGRAMS = [
     Program("scaling", "float64", (5, 7), finish="columns", tolerance=1e-3),
     Program("scaling", "float32", (1, 8), tolerance=1e-3),
     Program("scaling", "float64", (16, 3), gradient=Truncated(2)),
-    Program("scaling", "float64", (6, 6), 300, gradient=Implicit(1e-12)),
+    Program("scaling", "float64", (6, 6), 300, gradient=Implicit(tolerance=1e-12)),
     Program("reference", "float32", (5, 7)),
 ]
 

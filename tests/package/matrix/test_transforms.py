@@ -64,14 +64,14 @@ def test_the_reference_has_forward_mode_and_hessians():
     )
     hessian = jax.hessian(loss)(logits).reshape(12, 12)
     chex.assert_trees_all_close(hessian, hessian.T, atol=1e-14)
-    implicit = functools.partial(loss, gradient=Implicit(1e-12))
+    implicit = functools.partial(loss, gradient=Implicit(tolerance=1e-12))
     chex.assert_trees_all_close(
         jax.jacfwd(implicit)(logits), jax.jacrev(implicit)(logits), atol=1e-12
     )
     converged = functools.partial(sinkhorn, num_iters=100, implementation="reference")
     second = [
         jax.hessian(lambda z, m=m: (converged(z, gradient=m) ** 3).sum())(logits)
-        for m in (Implicit(1e-12), Exact())
+        for m in (Implicit(tolerance=1e-12), Exact())
     ]
     chex.assert_trees_all_close(*second, atol=1e-10)
 

@@ -34,7 +34,7 @@ CASES = {
     "columns": {"finish": "columns"},
     "no iterations": {"num_iters": 0},
     "truncated": {"gradient": Truncated(1)},
-    "implicit": {"gradient": Implicit(1e-13), "num_iters": 200},
+    "implicit": {"gradient": Implicit(tolerance=1e-13), "num_iters": 200},
     "tolerance": {"tolerance": 0.03, "num_iters": 20},
     "tolerance, columns": {"tolerance": 0.03, "num_iters": 20, "finish": "columns"},
 }
@@ -109,7 +109,7 @@ def test_known_and_unknown_mass_give_the_same(implementation):
     np.testing.assert_allclose(plan[KEPT], expected, atol=ATOL[dtype])
 
 
-@pytest.mark.parametrize("gradient", [Exact(), Implicit(1e-5)], ids=str)
+@pytest.mark.parametrize("gradient", [Exact(), Implicit(tolerance=1e-5)], ids=str)
 def test_zero_mass_where_the_linear_domain_does_not_suffice(gradient):
     name = "0 on a cross, -120 elsewhere"
     logits = jnp.asarray(hostile_logits(8)[name])
