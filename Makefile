@@ -24,6 +24,9 @@ INSTALLED := .venv/installed
 PEERS := .venv/installed-peers
 LIBTPU := .venv/libtpu
 COMPILER := .venv/cuda
+NEWEST := .venv-newest
+NEWEST_PYTHON = $(firstword $(foreach v,14 13 12 11,$(shell \
+    python3.$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 CUDA ?= cuda13
 TESTS ?= tests/package/attention tests/package/matrix tests/package/flax/test_multi_head.py
 # Nothing is installed into an environment that BIN names.
@@ -31,6 +34,7 @@ GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
 .PHONY: demo report test check-results test-all fuzz benchmark clean
+.PHONY: test-wheel test-newest
 .PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # Programs that share a device must not run at the same time.
@@ -56,6 +60,23 @@ check-results: $(INSTALLED)
 # With XLA's default loops; tests/conftest.py says which ones `make test` uses.
 test-all: $(PEERS)
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest
+
+# The wheel in an environment with nothing but what it asks for.
+test-wheel: $(INSTALLED)
+	rm -rf runs/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir runs/wheel .
+	$(PYTHON) -m venv runs/wheel/venv
+	runs/wheel/venv/bin/python -m pip install --quiet runs/wheel/*.whl
+	cd runs/wheel && venv/bin/python -I -W error ../../tests/bare.py
+
+# The suite on the newest Python and the newest packages there are. Their warnings are no
+# failures.
+test-newest:
+	rm -rf $(NEWEST)
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[dev,experiments,benchmarks]'
+	$(NEWEST)/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|numpy) '
+	$(NEWEST)/bin/python -m pytest -m "not slow" --ignore=tests/results -W default
 
 # 20,000 random matrix problems; goes on where it was stopped.
 fuzz: $(INSTALLED)
@@ -93,7 +114,7 @@ needs-gpu:
 	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
 
 clean:
-	rm -rf .venv
+	rm -rf .venv $(NEWEST)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

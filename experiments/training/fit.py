@@ -1,5 +1,7 @@
 """The training of one encoder: its model, its batches and the loop over updates."""
 
+import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -18,6 +20,7 @@ from ..networks.encoder import Encoder, num_parameters
 from ..networks.measures import DEFINITIONS, measure
 from .checkpoints import Checkpoints
 from .devices import Devices
+from .interrupts import Interrupts
 from .metrics import MetricsLog
 from .presets import Config
 
@@ -41,6 +44,40 @@ def make_model(config: Config, data: Data) -> Encoder:
         num_classes=data.num_classes,
         dtype=jnp.dtype(config.dtype),
     )
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What changes in training."""
+
+    state: step.State
+    best_params: step.Params
+    best: dict[str, Any]  # The validation of the best parameters.
+    losses: list[Any]  # Of the updates since the last record.
+    batches: Any  # Its place in the order of batches is the same on every process.
+
+    def arrays(self):
+        """What a checkpoint holds of the devices."""
+        return {"state": self.state, "best_params": self.best_params}
+
+    def host(self):
+        """What a checkpoint holds beside arrays."""
+        losses = [float(loss) for loss in self.losses]
+        batches = self.batches.get_state()
+        return {"batches": batches, "best": self.best, "losses": losses}
+
+    def restore(self, arrays, host):
+        """Takes the content of a checkpoint."""
+        self.state, self.best_params = arrays["state"], arrays["best_params"]
+        self.best, self.losses = host["best"], host["losses"]
+        self.batches.set_state(host["batches"])
+
+    def choose(self, found):
+        """Keeps the parameters if their validation is the best one."""
+        # The lower loss decides between equal accuracies.
+        rank, least = ((x["accuracy"], -x["loss"]) for x in (found, self.best))
+        if rank > least:
+            self.best, self.best_params = found, _copy(self.state.params)
 
 
 class Training:
@@ -100,69 +137,55 @@ class Training:
         return train_step(*self.arguments, state, self.devices.place_part(batch))
 
     def fit(self) -> dict[str, Any]:
-        """Trains from the last checkpoint or from the start, and returns the result."""
+        """Trains from the last checkpoint or from the start, and returns the result.
+
+        Raises:
+            SystemExit: The process was asked to end. It wrote a checkpoint before.
+            ValueError: The run began with other data.
+            FloatingPointError: The loss became infinite or NaN.
+            OSError: A checkpoint could not be written, or none be read.
+        """
         start = time.monotonic()
         config, is_first = self.config, jax.process_index() == 0
         state, batches = self.init(), self.batches()
         at_init = self._measure(state.params)
         best = {"accuracy": -1.0, "loss": math.inf, "step": 0}
-        best_params = _copy(state.params)
+        progress = _Progress(state, _copy(state.params), best, [], batches)
+        digest = self.data.train.digest()
         checkpoints = Checkpoints(config.folder / "checkpoints")
-        restored = checkpoints.restore({"state": state, "best_params": best_params})
+        restored = checkpoints.restore(progress.arrays())
         if restored is not None:
-            arrays, host = restored
-            state, best_params = arrays["state"], arrays["best_params"]
-            batches.set_state(host["batches"])
-            best = host["best"]
-        number = int(state.step)
+            if restored[1]["data"] != digest:
+                raise ValueError(
+                    f"The training data of {config.task} have changed since the run in "
+                    f"{config.folder} began. Bring the old ones back, or start again "
+                    "with another --output."
+                )
+            progress.restore(*restored)
         log = MetricsLog(
-            config.folder / "metrics.jsonl", resumed_step=number, is_writer=is_first
+            config.folder / "metrics.jsonl",
+            resumed_step=int(progress.state.step),
+            is_writer=is_first,
         )
-        # None if the run was killed after it had stopped.
-        steps = range(number + 1, self.num_steps + 1)
-        steps = [] if self._has_stopped(best, number) else steps
-        interval = 1.0 if sys.stderr.isatty() else 30.0
-        bar = tqdm(steps, unit="step", disable=not is_first, mininterval=interval)
-        losses = []
-        for number in bar:
-            state, loss = self.update(state, next(batches))
-            losses.append(loss)
-            is_last = number == self.num_steps
-            is_eval = number % self.eval_every == 0 or is_last
-            is_kept = number % self.checkpoint_every == 0 or is_last
-            if number % config.log_every == 0 or is_eval or is_kept:
-                # The device works through its queue here, so progress is the device's.
-                loss = float(np.mean(jax.device_get(losses), dtype=np.float64))
-                _require_finite(loss, number)
-                rate = float(self.optimization.schedule(number - 1))
-                log.write(step=number, split="train", loss=loss, learning_rate=rate)
-                losses = []
-            if is_eval:
-                found = self._evaluate(number, state.params, log)
-                # The lower loss decides between equal accuracies.
-                rank, least = ((x["accuracy"], -x["loss"]) for x in (found, best))
-                if rank > least:
-                    best, best_params = found, _copy(state.params)
-                bar.set_postfix(validation=f"{best['accuracy']:.4f}")
-            has_stopped = is_eval and self._has_stopped(best, number)
-            if is_kept or has_stopped:
-                # The place in the order of batches is the same on every process.
-                host = {"batches": batches.get_state(), "best": best}
-                arrays = {"state": state, "best_params": best_params}
-                checkpoints.save(number, arrays, host)
-            if has_stopped:
-                break
-        bar.close()
-        checkpoints.close()
-        accuracy, loss = self._score(best_params, self.data.test)
-        log.write(step=number, split="test", loss=loss, accuracy=accuracy)
-        log.close()
+        keep = lambda: checkpoints.save(
+            int(progress.state.step),
+            progress.arrays(),
+            progress.host() | {"data": digest},
+        )
+        interrupts = Interrupts(is_alone=jax.process_count() == 1)
+        with contextlib.closing(log):
+            with interrupts, contextlib.closing(checkpoints):
+                self._fit(progress, log, keep, interrupts)
+            number = int(progress.state.step)
+            accuracy, loss = self._score(progress.best_params, self.data.test)
+            log.write(step=number, split="test", loss=loss, accuracy=accuracy)
+        best = progress.best
         return {
             "question": "train",
             "config": files.as_json(config),
             "environment": files.environment(),
             "definitions": DEFINITIONS,
-            "num_parameters": num_parameters(best_params),
+            "num_parameters": num_parameters(progress.best_params),
             "num_steps": number,
             "best_step": best["step"],
             "validation_accuracy": best["accuracy"],
@@ -170,9 +193,57 @@ class Training:
             "test_accuracy": accuracy,
             "test_loss": loss,
             "init": at_init,
-            "trained": self._measure(best_params),
+            "trained": self._measure(progress.best_params),
             "wall_time_s": round(time.monotonic() - start, 1),
         }
+
+    def _fit(self, progress, log, keep, interrupts):
+        """Makes the updates that are left, and calls `keep` for each checkpoint."""
+        number = int(progress.state.step)
+        # None if the run was killed after it had stopped.
+        steps = range(number + 1, self.num_steps + 1)
+        steps = [] if self._has_stopped(progress.best, number) else steps
+        bar = tqdm(
+            steps,
+            unit="step",
+            disable=jax.process_index() > 0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+        )
+        for number in bar:
+            progress.state, loss = self.update(progress.state, next(progress.batches))
+            progress.losses.append(loss)
+            is_last = number == self.num_steps
+            is_eval = number % self.eval_every == 0 or is_last
+            is_kept = number % self.checkpoint_every == 0 or is_last
+            if number % self.config.log_every == 0 or is_eval or is_kept:
+                self._log(progress, number, log)
+            if is_eval:
+                found = self._evaluate(number, progress.state.params, log)
+                progress.choose(found)
+                bar.set_postfix(validation=f"{progress.best['accuracy']:.4f}")
+            has_stopped = is_eval and self._has_stopped(progress.best, number)
+            status = interrupts.status
+            if is_kept or has_stopped or status is not None:
+                keep()
+            if status is not None:
+                print(
+                    f"Interrupted after step {number}, which is kept. Continue with "
+                    "--resume.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(status)
+            if has_stopped:
+                break
+        bar.close()
+
+    def _log(self, progress, number, log):
+        # The device works through its queue here, so progress is the device's.
+        losses = jax.device_get(progress.losses)
+        loss = float(np.mean(losses, dtype=np.float64))
+        _require_finite(loss, number)
+        rate = float(self.optimization.schedule(number - 1))
+        log.write(step=number, split="train", loss=loss, learning_rate=rate)
+        progress.losses = []
 
     def _evaluate(self, number, params, log):
         accuracy, loss = self._score(params, self.data.validation)

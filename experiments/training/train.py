@@ -19,10 +19,12 @@ after Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, both for a GPU.
 presets named as a task are for a CPU.
 """
 
+import contextlib
 import json
 import sys
 from typing import Any, Final
 
+import filelock
 import jax
 
 from ..evidence import files
@@ -46,8 +48,12 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError: The options fit neither each other, nor the data, nor the run that
-            the folder holds.
-        FileExistsError: The output folder holds a run, and `resume` is False.
+            the folder holds, or the data have changed since that began.
+        FileExistsError: The output folder holds a run, and `resume` is False, or
+            another process trains there.
+        SystemExit: SIGTERM or SIGINT asked the process to end, and it wrote a
+            checkpoint; with several processes the signals end them at once.
+        FloatingPointError: The loss became infinite or NaN.
         FileNotFoundError: The data are not there; says how to install them.
         OSError: The output folder cannot be written.
     """
@@ -72,14 +78,32 @@ def run(config: Config) -> dict[str, Any]:
     training = Training(config, data, devices)
     # All processes have looked into the folder before the first one writes there.
     devices.wait_for_all("checked")
-    if is_first:
-        config.folder.mkdir(parents=True, exist_ok=True)
+    if not is_first:
+        return training.fit()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(config.folder):
         files.write_json(config.folder / "config.json", _options(config))
-    result = training.fit()
-    if is_first:
+        result = training.fit()
         files.write_json(path, result)
-        print(summary(result), f"Wrote {path}.")
+    print(summary(result), f"Wrote {path}.")
     return result
+
+
+@contextlib.contextmanager
+def _alone_in(folder):
+    """Locks the folder until the context ends, or the process."""
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise FileExistsError(
+            f"Another process trains in {folder}. Wait for it, or give another "
+            "--output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def summary(result: dict[str, Any]) -> str:

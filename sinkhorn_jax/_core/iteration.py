@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._runtime.shard_map import varying_like
 from .._runtime.vmap import max_in_batch
 from .domain import Domain, Linear
 from .options import Finish, Options
@@ -105,6 +106,7 @@ def _iterate_until(domain, start, first, a, b, options):
         jnp.zeros((limit + 1, *x.shape), x.dtype).at[0].set(x) for x in (first, start)
     )
     init = zero, ~(error > options.tolerance), zero, following, r, c
+    init = varying_like(init, init)
     i, _, k, _, r, c = jax.lax.while_loop(unfinished, full_iteration, init)
     # In log space the plan of the last r and of zeros as the next c could overflow, and
     # an infinity times a weight of 0 is NaN. The last state repeated has a finite plan.

@@ -66,7 +66,7 @@ def fold_vmap(fn: Callable[..., Any], *arrays: Array | None) -> Any:
 
 @custom_vmap
 def max_in_batch(x: Shaped[Array, ""]) -> Shaped[Array, ""]:
-    """The largest of a number, or of flags, over all matrices that `vmap` maps over.
+    """The largest of a number or flag, not negative, over all that `vmap` maps over.
 
     A `lax.cond` on the result stays a branch under `vmap`, and a `lax.while_loop` a
     loop. A batched predicate would become a select: of both sides of the branch, and of
@@ -78,7 +78,8 @@ def max_in_batch(x: Shaped[Array, ""]) -> Shaped[Array, ""]:
 @max_in_batch.def_vmap
 def _max_in_batch_vmap(axis_size, in_batched, x):
     del axis_size
-    return max_in_batch(jnp.max(x, axis=0) if in_batched[0] else x), False
+    largest = jnp.max(x, axis=0, initial=0) if in_batched[0] else x
+    return max_in_batch(largest), False
 
 
 def with_fallback(

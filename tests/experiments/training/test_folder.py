@@ -1,9 +1,11 @@
 """The output folder: which runs may use it."""
 
 import dataclasses
+import shutil
 
+import filelock
 import pytest
-from support.training_runs import tiny
+from support.training_runs import in_process, tiny
 
 from experiments.training import train
 
@@ -30,3 +32,14 @@ def test_an_unwritable_folder_is_refused(tmp_path, data_dir):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         train.run(tiny(tmp_path / "file" / "run", data_dir))
+
+
+def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], folder)
+    (folder / "result.json").unlink()
+    with filelock.FileLock(folder / ".lock"):
+        script = in_process(tiny(folder, data_dir, resume=True))
+        output, _ = script.communicate(timeout=240)
+    assert script.returncode == 1
+    assert f"Another process trains in {folder}" in output

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 from support.training_runs import in_process, metrics, tiny
 
@@ -53,6 +54,52 @@ def test_a_run_killed_at_any_moment_resumes_bit_identically(delay, tmp_path, dat
     process.communicate()
     train.run(dataclasses.replace(config, resume=True))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_run_asked_to_end_keeps_its_last_update(
+    number, status, uninterrupted, tmp_path, data_dir
+):
+    folder = tmp_path / "asked"
+    config = tiny(folder, data_dir)
+    # In the middle of the fifth update: the checkpoint before was of the fourth, and
+    # the losses of two updates make one record.
+    code = (
+        "import os\n"
+        "from experiments.training import fit\n"
+        "update, count = fit.Training.update, [0]\n"
+        "def asking(self, state, batch):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 5:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    return update(self, state, batch)\n"
+        "fit.Training.update = asking\n"
+    )
+    process = in_process(config, code)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    assert "Interrupted after step 5, which is kept. Continue with --resume" in output
+    assert (folder / "checkpoints" / "5").is_dir()
+    train.run(dataclasses.replace(config, resume=True))
+    assert metrics(folder) == metrics(uninterrupted[0])
+
+
+def test_other_data_are_refused(uninterrupted, tmp_path, data_dir, monkeypatch):
+    folder = unfinished(tmp_path / "run", uninterrupted)
+
+    def other(config):
+        data = load_data(config)
+        swapped = np.arange(len(data.train))
+        swapped[:2] = 1, 0
+        return dataclasses.replace(data, train=data.train.take(swapped))
+
+    load_data = train.load_data
+    monkeypatch.setattr(train, "load_data", other)
+    with pytest.raises(ValueError, match="training data of digits have changed"):
+        train.run(tiny(folder, data_dir, resume=True))
 
 
 def unfinished(folder, uninterrupted):

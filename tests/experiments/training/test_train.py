@@ -72,3 +72,10 @@ def test_it_learns(tmp_path, data_dir):
     )  # fmt: skip
     result = train.run(tiny(tmp_path / "run", data_dir, **options))
     assert result["test_accuracy"] > 0.75
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, data_dir):
+    config = tiny(tmp_path, data_dir, learning_rate=1e30, warmup_fraction=0.0)
+    with pytest.raises(FloatingPointError, match="Lower --learning-rate"):
+        train.run(config)
+    assert not (tmp_path / "result.json").exists()
