@@ -51,6 +51,23 @@ def pytest_configure(config):
         )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow all but a few cases of a test, evenly spaced: `few(4)` keeps 4."""
+    cases = {}
+    for item in items:
+        mark = item.get_closest_marker("few")
+        if mark and not item.get_closest_marker("slow"):
+            key = item.nodeid.partition("[")[0]
+            cases.setdefault(key, (mark.args[0], []))[1].append(item)
+    for keep, found in cases.values():
+        # Steps that are not whole do not favour one value of an inner parameter.
+        kept = {int((i + 0.5) * len(found) / keep) for i in range(keep)}
+        for number, item in enumerate(found):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     if not CHECKS_SHAPES:
         terminalreporter.write_line(

@@ -83,6 +83,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("step", [0, 1, 9])
 def test_a_saved_state_gives_the_identical_rest(kind, step):

@@ -190,6 +190,7 @@ def test_each_place_of_an_image_can_have_its_projection():
     np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.5, rtol=0.05)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", ["mean", "max", "class_token"])
 def test_recomputed_layers_are_the_same_layers(pooling):
     x = images()
@@ -249,6 +250,7 @@ def test_mean_pooling_does_not_see_where_a_doubly_stochastic_plan_sends_values()
     assert same == [True, False]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("pooling", "num_iters", "is_seen"),
     [("mean", 200, False), ("class_token", 200, True), ("mean", 0, True)],

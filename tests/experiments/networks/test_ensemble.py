@@ -99,6 +99,7 @@ def test_a_training_that_diverged_is_refused():
         ensemble.require_finite(np.array([[1.0, np.nan]]), 0.1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("num_parts", [2, 4])
 def test_a_batch_in_parts_gives_the_update_of_the_whole_batch(num_parts):
     model, data = problem()

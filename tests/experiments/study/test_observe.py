@@ -46,6 +46,7 @@ def residual(x):
     return np.linalg.norm(x - x.mean(axis=0)) / np.linalg.norm(x)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("num_iters", "has_skip"), [(2, True), (0, False)])
 def test_measures_by_hand(num_iters, has_skip):
     model, params, examples = problem(num_iters)
@@ -85,6 +86,7 @@ def test_measures_by_hand(num_iters, has_skip):
     assert not np.allclose(found["words_residual"], found["relative_residual"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("has_skip", [True, False])
 def test_gradients_are_those_of_the_mean_loss(has_skip):
     model, params, examples = problem()

@@ -203,6 +203,7 @@ def test_networks_on_images_without_skips(made, data_dir, monkeypatch, trained):
     np.testing.assert_allclose(result["max_entropy"], np.log(4))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_network_that_diverged_has_null_in_place_of_numbers(made, monkeypatch):
     def diverge(model, params, *arguments, **options):

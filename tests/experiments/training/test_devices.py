@@ -61,6 +61,7 @@ def test_the_step_is_divided_over_devices_and_gathers_nothing():
     np.testing.assert_allclose(loss, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(tmp_path, data_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

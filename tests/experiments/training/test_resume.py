@@ -13,6 +13,7 @@ from support.training_runs import in_process, metrics, tiny
 from experiments.training import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record_number", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_identically(
     record_number, uninterrupted, tmp_path, data_dir
@@ -145,6 +146,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(
         train.run(config)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_finished_checkpoint(uninterrupted, tmp_path, data_dir):
     folder = tmp_path / "full"
     config = tiny(folder, data_dir)

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("short_query_blocks")
 FLOAT64_GRADIENT_ATOL = 1e-11
 
 
+@pytest.mark.few(6)
 @implementations
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_agree_with_autodiff_of_the_reference(implementation, case):
@@ -49,6 +50,7 @@ def gradients_of_the_reference(case):
     return gradients("reference", inputs(), options.pop("bias", None), options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 @pytest.mark.parametrize(
     "options",
@@ -76,6 +78,7 @@ def test_other_gradients_agree_with_the_reference(implementation, options):
     )
 
 
+@pytest.mark.few(2)
 @implementations
 def test_gradients_agree_with_finite_differences(implementation):
     bias, w = random(5, (1, N, T, S)), random(9, (B, T, N, D))
@@ -90,6 +93,7 @@ def test_gradients_agree_with_finite_differences(implementation):
     check_grads(jax.jit(loss), (*inputs(), bias), 1, modes)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 def test_gradients_in_float32_on_large_logits(implementation):
     operands = inputs("float32", t=64, s=48, n=2, k=1, h=16, d=16, scale=50.0)
@@ -102,6 +106,7 @@ def test_gradients_in_float32_on_large_logits(implementation):
         assert error < 2e-5
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 @pytest.mark.parametrize("num_iters", [0, 1, 3])
 @pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.slow), 1e4])

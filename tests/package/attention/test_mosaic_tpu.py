@@ -81,6 +81,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("regime", "options"),
     [
@@ -109,6 +110,7 @@ def test_agrees_with_float64(in_regime, interpreted, regime, options):
     assert_close(got, step("reference", **options)(*exact(arrays)), RTOL["float32"])
 
 
+@pytest.mark.slow
 def test_bfloat16(in_regime, interpreted):
     in_regime("resident")
     arrays = operands(24, 140, "bfloat16", b=1, k=2)
@@ -118,6 +120,7 @@ def test_bfloat16(in_regime, interpreted):
     assert_close(got, step("reference", num_iters=3)(*exact(arrays)), RTOL["bfloat16"])
 
 
+@pytest.mark.slow
 def test_hostile_logits(in_regime, interpreted):
     """Some of them make the base absorb the scalings."""
     in_regime("resident")
@@ -148,6 +151,7 @@ def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatc
     assert_close(got, step("reference", num_iters=4)(*exact(arrays)), RTOL["float32"])
 
 
+@pytest.mark.slow
 def test_vmap_over_lengths_is_more_heads(in_regime, interpreted):
     in_regime("streamed")
     arrays = operands(20, 7, b=1, k=2)
@@ -215,6 +219,7 @@ def test_shard_map(in_regime, interpreted):
     assert_close(got, step("reference", num_iters=1)(*exact(arrays)), RTOL["float32"])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [197, 256, 1024, 4096])
 @regimes

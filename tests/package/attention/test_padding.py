@@ -58,6 +58,7 @@ def with_junk(junk):
     )
 
 
+@pytest.mark.few(6)
 @implementations
 @pytest.mark.parametrize("how", PADDING)
 def test_junk_in_padding_reaches_nothing(implementation, how):
@@ -108,6 +109,7 @@ def test_junk_in_a_bias_where_a_mask_excludes_reaches_nothing(implementation):
         chex.assert_trees_all_equal(gradients(jnp.asarray(junk)), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", PLAIN)
 def test_padding_that_differs_between_the_heads(implementation):
     """A key is padding if no head that shares it may attend to it."""

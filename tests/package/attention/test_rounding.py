@@ -32,6 +32,7 @@ def gradients(dtype, implementation, operands, weights, options):
     return call(*(x.astype(dtype) for x in operands))
 
 
+@pytest.mark.few(4)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("num_iters", [1, 10])
@@ -59,6 +60,7 @@ def test_large_offsets_leave_the_error_of_the_differences(
         assert max(error.values()) < 2e-5, error
 
 
+@pytest.mark.few(5)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize(

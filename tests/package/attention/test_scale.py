@@ -10,6 +10,7 @@ from support.attention_cases import ATOL, N, T, implementations, inputs, random
 from sinkhorn_jax import sinkhorn_attention
 
 
+@pytest.mark.few(3)
 @implementations
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_scalar_array_is_the_number(implementation, dtype):
@@ -27,6 +28,7 @@ def test_a_scalar_array_is_the_number(implementation, dtype):
     )
 
 
+@pytest.mark.few(2)
 @implementations
 def test_its_gradient_is_that_of_the_temperature(implementation):
     query, key, value = inputs()

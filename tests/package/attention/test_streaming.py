@@ -79,6 +79,7 @@ def largest_array(program):
     return max(np.prod([int(n) for n in shape.split(",")]) for shape in set(shapes))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,6 +107,7 @@ def test_memory_grows_linearly():
     assert temp[32768] < 2 * temp[16384]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -129,6 +131,7 @@ def test_agrees_with_scaling_in_float32(options):
     assert_close(got, expected, 1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_large_logits_agree_with_float64(scale):
     # A few hundred keys, so that rows of the plan are far from one-hot at scale 1.
@@ -143,6 +146,7 @@ def test_large_logits_agree_with_float64(scale):
     assert_close(got, exact, 2e-6 if scale == 1 else 1e-4)
 
 
+@pytest.mark.slow
 def test_repeats_are_bit_identical():
     operands = arrays(1100, 700, b=2)
     chex.assert_trees_all_equal(step()(*operands), step()(*operands))
@@ -159,6 +163,7 @@ def every_hostile_case(n):
     return query, key, value, jnp.sin(9 * value)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("heads_in_flight", [1, 4])
 def test_heads_that_need_other_paths_beside_some_that_do_not(
     monkeypatch, heads_in_flight

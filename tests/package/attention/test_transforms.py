@@ -25,6 +25,7 @@ from sinkhorn_jax.attention import IMPLEMENTATIONS
 pytestmark = pytest.mark.usefixtures("short_query_blocks")
 
 
+@pytest.mark.few(2)
 @implementations
 def test_transforms_agree(implementation):
     operands = inputs(b=3)
@@ -44,6 +45,7 @@ def test_transforms_agree(implementation):
     chex.assert_trees_all_close(remat(*operands), expected, atol=1e-12)
 
 
+@pytest.mark.few(2)
 @implementations
 def test_shard_map_over_the_batch(implementation):
     """With its checks of what varies; the bias is the same for all shards."""
@@ -87,6 +89,7 @@ def test_scan_over_layers(implementation):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "implementation",
     [

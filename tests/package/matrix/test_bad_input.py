@@ -158,6 +158,7 @@ class TestKnownMarginals:
             sinkhorn(jnp.zeros((7, 5), dtype), row_marginal=1.02 * a, col_marginal=b)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_the_error_is_right_where_a_total_overflows(implementation, finish):

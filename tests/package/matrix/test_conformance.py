@@ -77,6 +77,7 @@ def ours(shape):
     return jax.device_get(jax.jit(jax.vmap(one))(*problems(shape)))
 
 
+@pytest.mark.few(1)
 @shapes
 def test_gradients_are_those_of_the_equations(shape):
     """The marginals stay when the cost changes: a linear system for the potentials."""
@@ -93,6 +94,7 @@ def test_gradients_are_those_of_the_equations(shape):
         np.testing.assert_allclose(gradient, expected, atol=TOLERANCE)
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @shapes
 def test_agrees_with_ott(shape):
@@ -130,6 +132,7 @@ def test_agrees_with_ott(shape):
     np.testing.assert_allclose(found[1::2], gradient[1::2], atol=1e-8)
 
 
+@pytest.mark.few(1)
 @shapes
 def test_agrees_with_pot(shape):
     pot = pytest.importorskip("ot")
@@ -154,6 +157,7 @@ def test_agrees_with_pot(shape):
         np.testing.assert_allclose(both[keep], potentials, atol=TOLERANCE)
 
 
+@pytest.mark.few(1)
 @shapes
 def test_the_value_is_that_of_the_plan(shape):
     plan, _, value, _ = ours(shape)

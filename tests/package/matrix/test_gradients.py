@@ -88,6 +88,7 @@ def assert_gradients_agree(case):
     )
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_agree_with_autodiff_of_the_reference(case):
     assert_gradients_agree(case)
@@ -103,12 +104,14 @@ def in_log_space(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("in_log_space")
 @pytest.mark.parametrize("case", [x for x in GRADIENT_CASES if "tolerance" in x])
 def test_gradients_in_log_space_agree_with_autodiff_of_the_reference(case):
     assert_gradients_agree(case)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("gradient", [Exact(), Truncated(100)], ids=str)
 def test_iterations_that_stop_early_with_potentials_of_several_hundred(
@@ -135,6 +138,7 @@ def test_iterations_that_stop_early_with_potentials_of_several_hundred(
     chex.assert_trees_all_close(got.astype("float64"), exact, atol=2e-3)
 
 
+@pytest.mark.few(1)
 @implementations
 def test_gradients_agree_with_finite_differences(implementation):
     logits, (a, b) = random(0, (T, S)), marginals()
@@ -172,6 +176,7 @@ def test_hostile_gradients_of_scaling_in_float32(finish):
     assert max(error.values()) < 1e-5, error
 
 
+@pytest.mark.few(2)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_gradients_with_large_offsets(implementation, finish):
@@ -220,6 +225,7 @@ def rounding_errors(t, s, num_iters, finish, of_plan, block=False):
     ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("t", "s", "num_iters"), [(1, 16, 1000), (16, 1, 1000), (64, 2, 100)]
 )
@@ -229,6 +235,7 @@ def test_rounding_errors_do_not_add_up_over_the_iterations(t, s, num_iters, fini
     assert max(errors) < 2e-6, errors
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("of_plan", [True, False])
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_rounding_errors_do_not_add_up_at_the_fixed_point(finish, of_plan):
@@ -241,6 +248,7 @@ def test_rounding_errors_do_not_add_up_in_separate_blocks():
     assert max(errors) < 4e-6, errors
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("in_log_space")
 @pytest.mark.parametrize("of_plan", [True, False])
 def test_rounding_errors_do_not_add_up_in_log_space(of_plan):

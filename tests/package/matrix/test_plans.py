@@ -27,6 +27,7 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 KERNELS = [name for name in IMPLEMENTATIONS if "mosaic" in name]
 
 
+@pytest.mark.few(20)
 @implementations
 @pytest.mark.parametrize("dtype", ATOL)
 @pytest.mark.parametrize("shape", [(T, S), SHAPE, (1, 6), (4, 1), (0, 3, 3)])
@@ -149,6 +150,7 @@ def test_hostile_logits_in_float32(implementation, num_iters):
     assert max(error.values()) < limit, error
 
 
+@pytest.mark.few(2)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_large_offsets_leave_the_error_of_the_differences(implementation, finish):

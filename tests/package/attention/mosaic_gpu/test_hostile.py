@@ -42,6 +42,7 @@ def hostile(n, names=HARDEST):
     return {name: cases[name] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "num_iters"),
     [

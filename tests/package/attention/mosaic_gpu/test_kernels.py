@@ -20,6 +20,7 @@ step = functools.partial(step_of, "mosaic_gpu")
 SHORT = [17, 33, 0], [20, 5, 20]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("regime", "num_iters", "interval", "valid"),
     [
@@ -52,6 +53,7 @@ def test_one_tile_in_float32_agrees_with_float64(
     assert_close(got, expected, RTOL["float32"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "changed",
     # Three tiles for two warpgroups, or for two thread blocks: one waits while the

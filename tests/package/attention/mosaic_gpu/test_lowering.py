@@ -43,6 +43,7 @@ def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     assert not re.search(rf"sinkhorn_attention_({'|'.join(others)})\b", text)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_every_regime(dtype, head_dim, t, s, regime, keeps_query_block, has_clus
     assert_lowers(dtype, t, s, head_dim, head_dim, is_resident=regime == "resident")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("dtype", "t", "s", "head_dim", "value_dim", "is_resident"),
     [
@@ -123,6 +125,7 @@ def test_heads_that_just_fit(t, s, head_dim, value_dim):
     assert "sinkhorn_attention_resident" in text
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tokens", [64, 1024])
 def test_shard_map_with_its_checks_of_what_varies(tokens):
     mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))

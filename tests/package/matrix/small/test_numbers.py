@@ -80,6 +80,7 @@ def both(implementation, logits, a, b, **options):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(logits, a, b)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64_and_its_gradient(interpreted, constants, case):
     options = CASES[case]
@@ -118,6 +119,7 @@ class Ref:
         self.array[index] = value
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("module", "length", "finish"),
     [
@@ -178,6 +180,7 @@ def test_bodies_are_exact_in_float64(module, length, finish):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_hostile_gradients(interpreted, finish):
     named = hostile_logits(4)
