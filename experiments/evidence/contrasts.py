@@ -19,7 +19,7 @@ class Shift(NamedTuple):
 
     The p-value is exact whatever the distribution, if the sign of a difference is a
     coin toss where there is no effect. Estimate and interval assume, beside, that the
-    differences are symmetric about their centre.
+    differences are symmetric about their centre. So do the tests of equality.
     """
 
     estimate: float  # Hodges and Lehmann's: the median of the means of all pairs.
@@ -31,11 +31,15 @@ class Shift(NamedTuple):
 
     def text(self, digits: int = 3) -> str:
         """The estimate with its interval, and how many seeds agree."""
-        low, high = (f"{x:.{digits}f}" for x in (self.low, self.high))
         return (
-            f"{self.estimate:.{digits}f} [{low}, {high}], positive for "
+            f"{self.interval_text(digits)}, positive for "
             f"{self.num_positive} of {self.num_seeds} seeds"
         )
+
+    def interval_text(self, digits: int = 3) -> str:
+        """The estimate with its interval."""
+        low, high = (f"{x:.{digits}f}" for x in (self.low, self.high))
+        return f"{self.estimate:.{digits}f} [{low}, {high}]"
 
 
 def shift(differences: Sequence[float]) -> Shift:
@@ -143,15 +147,24 @@ def _one_sided(x):
     return float((_sums(ranks) >= ranks[x > 0].sum() - 1e-9).mean())
 
 
-def decide(kind: str, outcome: Outcome, adjusted: float, margin: float) -> Verdict:
+def decide(
+    kind: str,
+    outcome: Outcome,
+    adjusted: float,
+    margin: float,
+    *,
+    is_shrunk: bool = False,
+) -> Verdict:
     """The verdict of a contrast, whose p-value was adjusted by `holm`.
 
     A claim that something is greater is not supported where it is less, or where the
     whole interval is within the margin, a difference of no practical size. Equality is
-    supported by `equal` alone, and not supported where the interval is outside.
+    supported by `equal` alone, and not supported where the interval is outside. Values
+    that are known to be smaller than the differences (`is_shrunk`) say nothing by being
+    within the margin.
     """
     low, high = outcome.shift.low, outcome.shift.high
-    is_within = -margin < low and high < margin
+    is_within = not is_shrunk and -margin < low and high < margin
     is_significant = adjusted < ERROR_RATE
     if kind == "equal":
         if is_significant:

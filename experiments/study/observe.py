@@ -28,6 +28,10 @@ DEFINITIONS: Final = {
     "words_residual": (
         "[S][K][L + 1]; the same without the class token, where there is one."
     ),
+    "content_residual": (
+        "[S][K][L + 1], images alone; the same of tokens less, at each place, their "
+        "mean over the measured examples: what all images have there does not count."
+    ),
     "entropy": (
         "[S][K][L]; entropy of the rows of the attention over the logarithm of the "
         "number of tokens; mean over rows, heads and measured examples; 1 is uniform."
@@ -81,8 +85,8 @@ def _observe(model, has_skip, params, inputs, lengths, labels):
     entropy = collapse.attention_entropy(plans, where=rows) / most
     has_class_token = model.pooling == "class_token"
     is_word = where.at[:, 0].set(False) if has_class_token else where
-    residual = lambda where: jnp.median(
-        collapse.residual_over_depth(hidden_states, "fro", where), axis=1
+    residual = lambda tokens, where: jnp.median(
+        collapse.residual_over_depth(tokens, "fro", where), axis=1
     )
 
     def loss_of(params):
@@ -96,9 +100,14 @@ def _observe(model, has_skip, params, inputs, lengths, labels):
     square = lambda tree: sum(
         jnp.square(x).reshape(len(x), -1).sum(axis=1) for x in jax.tree.leaves(tree)
     )
-    return {
-        "relative_residual": residual(where),
-        "words_residual": residual(is_word),
+    residuals = {
+        "relative_residual": residual(hidden_states, where),
+        "words_residual": residual(hidden_states, is_word),
+    }
+    if lengths is None:
+        content = hidden_states - hidden_states.mean(axis=1, keepdims=True)
+        residuals["content_residual"] = residual(content, where)
+    return residuals | {
         "entropy": entropy.mean(axis=(1, 2)),
         "column_defect": measures.column_defect(plans, rows).mean(axis=(1, 2)),
         "attention_gradient": jnp.sqrt(square(layers["attention"])),

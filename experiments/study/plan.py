@@ -33,6 +33,7 @@ class Quantity(NamedTuple):
     name: str  # With its unit.
     of: Callable[[dict[str, Any]], Float[np.ndarray, " S"]]
     is_residual: bool = False  # Its least value is that of the rounding.
+    deepest: int = -2  # The deepest layer that a residual is of, counted from the end.
 
 
 def log10_residual(
@@ -65,6 +66,7 @@ LAST: Final = Quantity(
     "log10 of the relative residual after the last layer",
     lambda result: log10_residual(result, -1),
     is_residual=True,
+    deepest=-1,
 )
 ACCURACY: Final = Quantity(
     "validation accuracy",
@@ -202,7 +204,7 @@ def primary(
     yield Contrast(
         "paths",
         "products of independent matrices made from equal logits lose rank alike with "
-        "Sinkhorn and softmax, within 10 % (text)",
+        "Sinkhorn and softmax, within 10 %, at nearly uniform attention (text)",
         tuple(
             Arm(name, sign, cells(0, **on_text), decades[name])
             for name, sign in (("Sinkhorn", 1), ("softmax", -1))

@@ -135,14 +135,16 @@ def test_verdicts_of_made_up_residuals(sinkhorn, softmax, verdict):
     middle = np.log10([sinkhorn, softmax]) + 4.5 * np.log10(1.01)
     assert (
         "Log10 of the relative residual of the tokens that enter the last layer, "
-        f"medians at rates 0.001, 0.01: {middle[0]:.3f} Sinkhorn, {middle[1]:.3f} "
-        "softmax."
+        f"mean over the rates 0.001, 0.01 of the medians: {middle[0]:.3f} Sinkhorn, "
+        f"{middle[1]:.3f} softmax."
     ) in found["text"]
     gain = f"{np.log10(sinkhorn / softmax):.3f}"
     if sinkhorn != softmax:
         p = 2 / 2**10
         assert f"By seed {gain} [{gain}, {gain}], positive for" in found["text"]
-        assert found["text"].endswith(f"p = {p:.2g} after Holm's correction.")
+        assert f"p = {p:.2g} after Holm's correction." in found["text"]
+        each = f"{gain} [{gain}, {gain}]"
+        assert found["text"].endswith(f" At each rate: {each}; {each}.")
 
 
 def test_equality_is_a_claim_too():
@@ -162,7 +164,7 @@ def test_rates_that_test_nothing_are_left_out():
 
     (found,) = finding((arguments, {}))
     assert found["verdict"] == "supported"
-    assert "medians at rates 0.001: " in found["text"]
+    assert "medians at rate 0.001: " in found["text"]
     assert "By seed 0.602" in found["text"]
 
 
@@ -184,23 +186,33 @@ def test_residuals_that_are_rounding():
     assert "all residuals are rounding: at least 6.3 decades" in both["text"].lower()
     assert one["verdict"] == "supported"
     assert "By seed 5.3" in one["text"]
-    assert one["text"].endswith("so it is a bound.")
+    assert one["text"].endswith("so the difference is at least this.")
 
 
-def test_a_floor_of_the_last_layer_alone_leaves_the_mean_over_layers_to_test():
+@pytest.mark.parametrize(
+    ("lead", "floor", "verdict"),
+    [
+        (2.0, 1e-9, "supported"),
+        (1.0, 1e-9, "undecided"),  # What is rounding is equal, whatever it would be.
+        (1.0, 1e-3, "not supported"),
+    ],
+)
+def test_a_floor_of_the_last_layers_leaves_a_lead_to_test(lead, floor, verdict):
     """Without skip connections the contrast is of a mean over layers for this."""
+    of_sinkhorn = lead
 
     def get(cell):
         made = study_double.made_up(cell)
-        lead = 2.0 if cell.num_iters else 1.0
+        lead = of_sinkhorn if cell.num_iters else 1.0
         layers = lead * 10.0 ** -np.arange(cell.depth + 1)
-        layers[-2:] = 1e-9
+        layers[-2:] = floor
         residual = np.broadcast_to(layers, np.shape(made["relative_residual"]))
         return made | {"relative_residual": residual.tolist()}
 
     arms = plan.against_softmax(plan.ALL_LAYERS, sizes=SIZES, rates=RATES)
     (found,) = rows.primary_findings([rows.row(plan.Contrast("a", "b", arms), get)])
-    assert found["verdict"] == "supported"
+    assert found["verdict"] == verdict
+    assert ("smaller than it is" in found["text"]) == (floor < 1e-6)
 
 
 def test_every_row_counts_in_holms_correction():

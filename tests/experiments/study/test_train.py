@@ -149,7 +149,7 @@ def test_networks_on_text(made, trained):
     softmax, sinkhorn = (train.train_and_measure(cell) for cell in cells)
     for result in (softmax, sinkhorn):
         assert shapes(result) == expected_shapes(2, DEPTH, NUM_OBSERVATIONS)
-        assert set(DEFINITIONS) <= set(result)
+        assert set(DEFINITIONS) - {"content_residual"} <= set(result)
         assert result["updates"] == [0, 2, 4]
         for name in ("softmax", "Sinkhorn"):
             for kind in ("sampled", "shuffled", "independent"):
@@ -195,8 +195,25 @@ def test_networks_on_images_without_skips(made, data_dir, monkeypatch, trained):
     monkeypatch.setattr(train, "load", functools.partial(load, data_dir=data_dir))
     sizes = dataclasses.replace(DIGITS, num_steps=2, num_observations=1)
     options = {"depth": DEPTH, "has_skip": False, "pooling": "mean"}
-    result = train.train_and_measure(study_double.cell(sizes, **options))
-    assert shapes(result) == expected_shapes(2, DEPTH, 2)
+    cell = study_double.cell(sizes, **options)
+    result = train.train_and_measure(cell)
+    expected = expected_shapes(2, DEPTH, 2)
+    expected["content_residual"] = expected["relative_residual"]
+    assert shapes(result) == expected
+    # Of the images less, at each place, their mean over the images.
+    data, model = train.load_data(sizes), cell.encoder(None)
+    few = data.validation.take(slice(sizes.num_measured)).inputs
+    params = ensemble.init(model, sizes.seeds, data.train)
+    for seed in range(2):
+        one = jax.tree.map(lambda x, seed=seed: x[seed], params)
+        hidden = model.apply({"params": one}, few, has_skip=False)[1].hidden_states
+        content = np.asarray(hidden, np.float64)
+        content -= content.mean(axis=1, keepdims=True)
+        norm = lambda x: np.sqrt((x**2).sum(axis=(2, 3)))
+        by_image = norm(content - content.mean(axis=2, keepdims=True)) / norm(content)
+        np.testing.assert_allclose(
+            result["content_residual"][seed][0], np.median(by_image, axis=1), rtol=1e-3
+        )
     # Without skip connections products of attention matrices are rounding.
     assert "paths" not in result
     assert result["words_residual"] == result["relative_residual"]
