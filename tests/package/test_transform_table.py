@@ -13,6 +13,7 @@ def test_the_page_is_what_is_found():
     assert transform_table.table() == page.read_text()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["`jit`", "`jvp`, `jacfwd`, `linearize`"])
 def test_an_entry_is_found_by_trying(name):
     page = pathlib.Path(__file__).parents[2] / "docs" / "transforms.md"

@@ -49,7 +49,7 @@ def test_early_stopping(tmp_path, data_dir):
     assert result["num_steps"] == result["best_step"] + 4
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -81,7 +81,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("regime", "options"),
     [

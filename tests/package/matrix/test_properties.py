@@ -22,7 +22,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_what_holds_for_every_problem(program):
     @hypothesis.settings(max_examples=300 // len(PROGRAMS), deadline=None)

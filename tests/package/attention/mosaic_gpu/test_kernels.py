@@ -53,7 +53,7 @@ def test_one_tile_in_float32_agrees_with_float64(
     assert_close(got, expected, RTOL["float32"])
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     # Three tiles for two warpgroups, or for two thread blocks: one waits while the
