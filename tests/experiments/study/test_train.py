@@ -204,9 +204,10 @@ def test_networks_on_images_without_skips(made, data_dir, monkeypatch, trained):
     data, model = train.load_data(sizes), cell.encoder(None)
     few = data.validation.take(slice(sizes.num_measured)).inputs
     params = ensemble.init(model, sizes.seeds, data.train)
+    apply = jax.jit(functools.partial(model.apply, has_skip=False))
     for seed in range(2):
         one = jax.tree.map(lambda x, seed=seed: x[seed], params)
-        hidden = model.apply({"params": one}, few, has_skip=False)[1].hidden_states
+        hidden = apply({"params": one}, few)[1].hidden_states
         content = np.asarray(hidden, np.float64)
         content -= content.mean(axis=1, keepdims=True)
         norm = lambda x: np.sqrt((x**2).sum(axis=(2, 3)))
