@@ -51,8 +51,8 @@ def draw(result: dict[str, Any]) -> plt.Figure:
                     style.medians_of_phases(axis, layers, values, **look)
             axis.set(yscale="log")
             style.shade_floor(axis, FLOAT32_FLOOR)
-            at = {"transform": axis.transAxes, "ha": "right", "va": "top"}
-            axis.text(0.98, 0.97, f"rate {rate:g}", color=style.GREY, **at)
+            at = {"transform": axis.transAxes, "va": "bottom"}
+            axis.text(0.03, 0.04, f"rate {rate:g}", color=style.GREY, **at)
         for axis in column[len(rates[design]) :]:
             axis.set_axis_off()
     for axis in axes[:, 0]:

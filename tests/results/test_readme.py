@@ -48,6 +48,26 @@ def test_findings_quote_the_medians_of_the_study():
                 assert f"{entropy:.3f}" in text
 
 
+@pytest.mark.parametrize(
+    ("layer_norm", "pooling", "rates"),
+    [("post", "class_token", [0.003]), ("pre", "mean", [0.003, 0.01])],
+)
+def test_findings_quote_the_medians_of_other_designs(layer_norm, pooling, rates):
+    text = FINDINGS.read_text()
+    cells = [
+        cell
+        for cell in json.loads(STUDY.read_text())["curves"]
+        if (cell["task"], cell["layer_norm"]) == ("imdb", layer_norm)
+        and cell["pooling"] == pooling
+        and cell["has_skip"]
+        and cell["learning_rate"] in rates
+    ]
+    assert len(cells) == 2 * len(rates)
+    for cell in cells:
+        residual = statistics.median(row[-2] for row in cell["residual"]["trained"])
+        assert f"{residual:.3f}" in text
+
+
 def test_findings_quote_what_an_update_costs():
     result = json.loads((RESULTS / "step_cost" / "step_cost.json").read_text())
     text = FINDINGS.read_text()
