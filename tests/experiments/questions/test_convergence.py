@@ -115,6 +115,7 @@ def test_networks_before_and_after_training(trained):
     assert image.shape[1] > 1.5 * image.shape[0]  # Three panels beside each other.
 
 
+@pytest.mark.slow
 def test_the_logits_are_those_of_the_attention():
     model = Encoder(vocab_size=9, seq_len=7, depth=2, width=8, num_heads=2, num_iters=3)
     words = np.random.default_rng(0).integers(2, 9, size=(3, 7), dtype=np.int32)

@@ -108,7 +108,7 @@ def test_from_options_to_files(computed, config, capsys):
         "text_post": "0% of the networks are better than chance",
     }.items():
         assert values in found[name]["text"]
-    assert "at rates 0.001: " in found["skips_softmax"]["text"]
+    assert "at rate 0.001: " in found["skips_softmax"]["text"]
     printed = capsys.readouterr().out
     for each in result["findings"]:
         assert f"{each['verdict']}: {each['claim']}\n    {each['text']}" in printed
