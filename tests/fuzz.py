@@ -9,33 +9,12 @@ import json
 import pathlib
 import sys
 
-import hypothesis
 import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from support.properties import check
-from support.random_problems import compiled, every_program, problems
-
-
-def fuzz(program, num_examples, seed):
-    """The largest errors over problems of one program."""
-    worst = {}
-
-    @hypothesis.settings(
-        max_examples=num_examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.seed(seed)
-    @hypothesis.given(problems(program))
-    def check_each(problem):
-        for name, error in check(program, problem).items():
-            worst[name] = max(error, worst.get(name, 0.0))
-
-    check_each()
-    return {name: float(f"{error:.2g}") for name, error in worst.items()}
+from support.properties import check_many
+from support.random_problems import compiled, every_program
 
 
 def main():
@@ -61,12 +40,15 @@ def main():
             continue
         print(f"[{number}/{len(programs)}] {program.name}", flush=True)
         try:
-            done["worst"][program.name] = fuzz(program, each, options.seed)
+            worst = check_many(program, each, options.seed)
         except Exception as error:
             has_failed = True
             print(f"Failed with --seed {options.seed}: {error}")
             print(*getattr(error, "__notes__", ()), sep="\n", flush=True)
             continue
+        done["worst"][program.name] = {
+            name: float(f"{error:.2g}") for name, error in worst.items()
+        }
         options.output.write_text(json.dumps(done, indent=1) + "\n")
         compiled.cache_clear()
         jax.clear_caches()

@@ -105,7 +105,7 @@ def _update(model, optimization, skips, keys, state, batch):
 
 
 def _map(function):
-    """The function of all seeds at once, or on a CPU of one after the other."""
+    """Returns the function mapped over seeds: at once, or on a CPU one by one."""
     if not _is_cpu():
         return jax.vmap(function)
     return lambda *args: jax.lax.map(lambda each: function(*each), args)

@@ -39,7 +39,7 @@ def why_untested(cell: Cell, result: dict[str, Any]) -> str | None:
 
 
 def has_learned(cell: Cell, result: dict[str, Any]) -> Bool[np.ndarray, " S"]:
-    """Which networks classify better than chance after training."""
+    """Whether each network classifies better than chance after training."""
     chance = 1 / cell.sizes.num_classes
     error = math.sqrt(chance * (1 - chance) / cell.sizes.num_validation)
     return np.array(result["validation_accuracy"]) > chance + ABOVE_CHANCE * error
@@ -202,41 +202,64 @@ def _all_at_floor(row, rates):
 
 def _finding(row, outcome, adjusted, test):
     rates = tested_rates(row)
+    if outcome is None:
+        text = _why_not_tested(row, rates)
+        return Finding(claim=row["claim"], verdict="untested", text=text)
+    bounded = [any(arm["is_bounded"][r] for r in rates) for arm in row["arms"]]
+    verdict = contrasts.decide(
+        row["kind"],
+        outcome,
+        adjusted,
+        row["margin"],
+        # What is rounding on every side differs by 0, whatever the networks do.
+        is_shrunk=all(bounded),
+    )
+    arms = ", ".join(
+        f"{np.mean([np.median(arm['values'][r]) for r in rates]):.3f} {arm['name']}"
+        for arm in row["arms"]
+    )
+    at = ", ".join(f"{row['rates'][r]:g}" for r in rates if row["rates"][r])
+    if len(rates) > 1:
+        medians = f"mean over the rates {at} of the medians"
+    else:
+        medians = f"medians at rate {at}" if at else "medians"
+    quantity = row["arms"][0]["quantity"]
+    text = (
+        f"{quantity[0].upper()}{quantity[1:]}, {medians}: {arms}. By seed "
+        f"{outcome.shift.text()}, p = {adjusted:.2g} after Holm's correction."
+    )
+    rest = _remarks(row, rates, bounded, test)
+    return Finding(claim=row["claim"], verdict=verdict, text="".join((text, *rest)))
+
+
+def _why_not_tested(row, rates):
+    reasons = {why for arm in row["arms"] for why in arm["untested"] if why}
+    if rates:
+        least = -math.log10(FLOAT32_FLOOR)
+        reasons = [f"all residuals are rounding: at least {least:.1f} decades lost"]
+    if row["num_missing"]:
+        reasons = [f"{row['num_missing']} of its cells are not trained yet"]
+    reason = "; ".join(sorted(reasons))
+    return f"{reason[:1].upper()}{reason[1:]}."
+
+
+def _remarks(row, rates, bounded, test):
+    """Yields sentences on each rate, on rounding, and on rates that are left out."""
 
     def at_rate(rate):
         values = sums(row, [rate])
         is_finite = np.isfinite(values).all()
         return test(values).shift.interval_text() if is_finite else "not finite"
 
-    if outcome is None:
-        reasons = {why for arm in row["arms"] for why in arm["untested"] if why}
-        if rates:
-            least = -math.log10(FLOAT32_FLOOR)
-            reasons = [f"all residuals are rounding: at least {least:.1f} decades lost"]
-        if row["num_missing"]:
-            reasons = [f"{row['num_missing']} of its cells are not trained yet"]
-        reason = "; ".join(sorted(reasons))
-        text = f"{reason[:1].upper()}{reason[1:]}."
-        return Finding(claim=row["claim"], verdict="untested", text=text)
-    bounded = [any(arm["is_bounded"][r] for r in rates) for arm in row["arms"]]
-    # What is rounding on every side differs by 0, whatever the networks do.
-    options = {"is_shrunk": all(bounded)}
-    verdict = contrasts.decide(row["kind"], outcome, adjusted, row["margin"], **options)
-    arms = ", ".join(
-        f"{np.mean([np.median(arm['values'][r]) for r in rates]):.3f} {arm['name']}"
-        for arm in row["arms"]
-    )
-    at = ", ".join(f"{row['rates'][r]:g}" for r in rates if row["rates"][r])
-    rest = ""
     if len(rates) > 1:
-        rest += f" At each rate: {'; '.join(map(at_rate, rates))}."
+        yield f" At each rate: {'; '.join(map(at_rate, rates))}."
     if all(bounded):
-        rest += (
+        yield (
             " Residuals that are rounding, on both sides, count as equal, which makes "
             "the difference smaller than it is."
         )
     elif any(bounded):
-        rest += (
+        yield (
             f" Residuals that are rounding count as {FLOAT32_FLOOR:.1g}, so the "
             "difference is at least this."
         )
@@ -246,15 +269,4 @@ def _finding(row, outcome, adjusted, test):
             for arm in row["arms"]
             if arm["untested"][r]
         )
-        rest += f" Rate {row['rates'][r]:g} is left out ({why}); there: {at_rate(r)}."
-    quantity = row["arms"][0]["quantity"]
-    if len(rates) > 1:
-        medians = f"mean over the rates {at} of the medians"
-    else:
-        medians = f"medians at rate {at}" if at else "medians"
-    text = (
-        f"{quantity[0].upper()}{quantity[1:]}, {medians}: "
-        f"{arms}. By seed "
-        f"{outcome.shift.text()}, p = {adjusted:.2g} after Holm's correction.{rest}"
-    )
-    return Finding(claim=row["claim"], verdict=verdict, text=text)
+        yield f" Rate {row['rates'][r]:g} is left out ({why}); there: {at_rate(r)}."

@@ -48,7 +48,7 @@ def make_model(config: Config, data: Data) -> Encoder:
 
 @dataclasses.dataclass
 class _Progress:
-    """What changes in training."""
+    """The state of a training between two updates."""
 
     state: step.State
     best_params: step.Params
@@ -57,11 +57,11 @@ class _Progress:
     batches: Any  # Its place in the order of batches is the same on every process.
 
     def arrays(self):
-        """What a checkpoint holds of the devices."""
+        """The arrays on the devices that a checkpoint holds."""
         return {"state": self.state, "best_params": self.best_params}
 
     def host(self):
-        """What a checkpoint holds beside arrays."""
+        """The rest of a checkpoint, which is in the memory of the host."""
         losses = [float(loss) for loss in self.losses]
         batches = self.batches.get_state()
         return {"batches": batches, "best": self.best, "losses": losses}

@@ -1,12 +1,13 @@
-"""What holds for every matrix problem."""
+"""The properties of every matrix problem, and their check on random ones."""
 
 import dataclasses
 
+import hypothesis
 import jax
 import numpy as np
 
 from . import reference
-from .random_problems import compiled
+from .random_problems import compiled, problems
 
 # The largest errors that pass, see `check`.
 ATOL = {"float64": 1e-9, "float32": 5e-6}
@@ -87,3 +88,18 @@ def check(program, problem):
         for each, before in zip(again_gradients, gradients, strict=True):
             np.testing.assert_array_equal(each[::-1], before)
     return errors
+
+
+def check_many(program, num_examples, seed=0):
+    """Checks random problems of a program; returns the largest errors of all."""
+    worst = {}
+
+    @hypothesis.settings(max_examples=num_examples, deadline=None, database=None)
+    @hypothesis.seed(seed)
+    @hypothesis.given(problems(program))
+    def check_each(problem):
+        for name, error in check(program, problem).items():
+            worst[name] = max(error, worst.get(name, 0.0))
+
+    check_each()
+    return worst

@@ -15,7 +15,7 @@ from sinkhorn_jax import Exact, Implicit, Truncated, sinkhorn, sinkhorn_potentia
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a program is compiled for."""
+    """The options and the shape that a program is compiled for."""
 
     implementation: str
     dtype: str

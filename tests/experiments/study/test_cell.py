@@ -1,4 +1,4 @@
-"""What a cell is: its name, its setting, its network, and what is refused."""
+"""The name, the setting and the network of a cell, and what it refuses."""
 
 import dataclasses
 import re

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import collapse_measures
+from support.jaxprs import equations
 
 from sinkhorn_jax import collapse
 
@@ -111,19 +112,11 @@ def test_gradients_are_those_of_the_single_functions_and_finite_at_collapse():
         chex.assert_tree_all_finite(grad(hard, jnp.zeros_like(plans), where))
 
 
-def equations(program):
-    """The names of all primitives, also of programs within programs."""
-    for equation in program.eqns:
-        yield equation.primitive.name
-        for inner in jax.tree.leaves(equation.params):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def test_layers_share_one_program_with_two_svds():
     def program(num_layers):
         x, plans = tokens(num_layers, 2, 5, 4), tokens(num_layers, 2, 5, 5)
-        return list(equations(jax.make_jaxpr(collapse.measures_over_depth)(x, plans)))
+        jaxpr = jax.make_jaxpr(collapse.measures_over_depth)(x, plans).jaxpr
+        return [equation.primitive.name for equation in equations(jaxpr)]
 
     assert program(2) == program(64)
     assert program(2).count("svd") == 2

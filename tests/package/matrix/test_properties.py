@@ -1,13 +1,12 @@
-"""What holds for every matrix problem, on random ones of all kinds.
+"""The properties of every matrix problem, on random ones of all kinds.
 
 Hypothesis draws the problems, and reduces one that fails to a simple one. `make fuzz`
 draws many more, for every program of `random_problems`.
 """
 
-import hypothesis
 import pytest
-from support.properties import check
-from support.random_problems import Program, problems
+from support.properties import check_many
+from support.random_problems import Program
 
 from sinkhorn_jax import Implicit, Truncated
 
@@ -25,10 +24,4 @@ PROGRAMS = [
 @pytest.mark.few(3)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_what_holds_for_every_problem(program):
-    @hypothesis.settings(max_examples=300 // len(PROGRAMS), deadline=None)
-    @hypothesis.seed(0)
-    @hypothesis.given(problems(program))
-    def check_each(problem):
-        check(program, problem)
-
-    check_each()
+    check_many(program, 300 // len(PROGRAMS))

@@ -4,10 +4,10 @@ import functools
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import pytest
 from support import reference
+from support.jaxprs import equations
 from support.matrices import S, T, random
 
 from sinkhorn_jax import sinkhorn, sinkhorn_potentials
@@ -71,11 +71,3 @@ def test_a_batch_copies_no_history_in_its_loops(function):
     ]
     assert selected
     assert not any(limit + 1 in shape for shape in selected)
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those within."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from equations(inner)
