@@ -49,7 +49,8 @@ def test_growth_of_the_resident_set():
     growth = process_memory.peak_growth(lambda: np.ones(size, np.uint8))
     if growth is None:
         pytest.skip("the system does not tell")
-    assert size <= growth < 2 * size
+    # The kernel's counters lag behind by a few pages.
+    assert 0.99 * size <= growth < 2 * size
 
 
 def test_default_is_what_the_selection_takes(monkeypatch):
