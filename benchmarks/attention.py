@@ -99,7 +99,7 @@ def run(config: Config) -> list[record.Row]:
             if output is not None:
                 record.append(output, new)
                 record.append(record.skips_path(output), skips)
-    print(table.sweep(rows))
+    print(table.narrow(rows))
     print(f"Rows appended to {output}." if output else "No rows kept.")
     return rows
 

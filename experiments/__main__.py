@@ -1,9 +1,7 @@
 """`python -m experiments <question> [--quick] [--options]`."""
 
 import dataclasses
-import pathlib
 import sys
-import traceback
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 import jax
 import tyro
 
+from . import errors
 from .registry import COMMANDS
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAM = "python -m experiments"
 
 
@@ -25,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # With small numbers compilation is most of the work: 53 s became 39 s.
         jax.config.update("jax_disable_most_optimizations", True)
     command = COMMANDS[name].load()
-    try:
+    with errors.in_one_line():
         default = _default(command, options)
         config = tyro.cli(
             type(default),
@@ -35,10 +33,6 @@ def main(args: Sequence[str] | None = None) -> None:
             description=f"{command.__doc__}\nWith --quick the defaults are small.",
         )
         command.run(config)
-    except Exception as error:
-        if not _is_explained(error):
-            raise
-        sys.exit(f"error: {error}")
 
 
 def _command_of(first: Sequence[str]) -> str:
@@ -75,17 +69,6 @@ def _default(command: ModuleType, options: Sequence[str]) -> Any:
     if hasattr(command, "choose"):
         return command.choose(choice.preset, choice.task)
     return command.Config()
-
-
-def _is_explained(error):
-    # The messages of these packages' own errors, and those of the file system, say
-    # what to do. Any other error is a defect, to which its traceback leads.
-    *_, last = traceback.extract_tb(error.__traceback__)
-    packages = ("experiments", "sinkhorn_jax")
-    is_ours = any(
-        pathlib.Path(last.filename).is_relative_to(ROOT / p) for p in packages
-    )
-    return isinstance(error, OSError) or (is_ours and "raise " in (last.line or ""))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,38 @@ def plain(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def sweep(rows: Sequence[Row]) -> str:
     """The rows as a table: a line for each case and program, both modes in it."""
+    return markdown(HEADER, _lines(rows), num_text=4)
+
+
+def narrow(rows: Sequence[Row]) -> str:
+    """A table for each case in plain text: programs, their times and memory alone."""
+    tables: dict[tuple, list] = {}
+    for line in _lines(rows):
+        tables.setdefault(line[:3], []).append(_narrow(line))
+    return "\n\n".join(
+        f"{size} {dtype}, {num_iters} iterations\n"
+        + _aligned([_narrow(HEADER), *lines])
+        for (size, dtype, num_iters), lines in tables.items()
+    )
+
+
+def _narrow(line):
+    plain = lambda cell: cell.replace("`", "").replace("\\", "")
+    return tuple(map(plain, (*line[3:8], line[9])))
+
+
+def _aligned(lines):
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _lines(rows):
     by_line: dict[tuple, dict[str, Row]] = {}
     reference: dict[tuple, float] = {}
     for row in rows:
@@ -55,7 +87,7 @@ def sweep(rows: Sequence[Row]) -> str:
                 " / ".join(str(x.repeats) if x else MISSING for x in (forward, both)),
             )
         )
-    return markdown(HEADER, lines, num_text=4)
+    return lines
 
 
 def caption(rows: Sequence[Row]) -> str:

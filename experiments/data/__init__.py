@@ -15,5 +15,6 @@ from .pipeline import eval_batches as eval_batches
 from .pipeline import train_batches as train_batches
 from .reviews import imdb as imdb
 from .tasks import TASKS as TASKS
+from .tasks import check_name as check_name
 from .tasks import load as load
 from .tasks import prepare as prepare

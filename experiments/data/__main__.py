@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from .. import errors
 from .tasks import prepare
 
 
@@ -23,7 +24,8 @@ def main(
         download: Whether to download missing files, for the tasks made from files.
     """
     start = time.monotonic()
-    builder = prepare(task, data_dir=data_dir, download=download)
+    with errors.in_one_line():
+        builder = prepare(task, data_dir=data_dir, download=download)
     for split, info in builder.info.splits.items():
         print(f"{split}: {info.num_examples:,} examples, {info.num_bytes / 1e6:.1f} MB")
     print(f"Took {time.monotonic() - start:.0f} s. In {builder.data_path}.")

@@ -1,6 +1,7 @@
 """Tasks by name: prepared once by TFDS, then split, their texts encoded."""
 
 import pathlib
+import sys
 from types import MappingProxyType
 from typing import Final
 
@@ -24,6 +25,14 @@ TASKS: Final = MappingProxyType(
 # The fractions of the training split that become a split which a data set lacks.
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.1
+
+
+def check_name(task: str) -> None:
+    """Raises a ValueError unless it is a key of `TASKS` or begins with "tfds:"."""
+    if task not in TASKS and not task.startswith("tfds:"):
+        raise ValueError(
+            f"There is no task {task!r}; give one of {list(TASKS)} or tfds:<name>."
+        )
 
 
 def load(
@@ -80,7 +89,7 @@ def load(
 def prepare(
     task: str, *, data_dir: pathlib.Path | None = None, download: bool = False
 ) -> tfds.core.DatasetBuilder:
-    """Writes the records of a task of `TASKS` unless they are there.
+    """Writes the records of a task of `TASKS` unless they are there, and says where.
 
     Missing files are downloaded only with `download`.
 
@@ -90,13 +99,18 @@ def prepare(
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: As in `load`.
     """
+    check_name(task)
     if task not in TASKS:
         raise ValueError(
-            f"Unknown task {task!r}; expected one of {list(TASKS)} or tfds:<name>."
+            f"Here {list(TASKS)} are prepared, and {task} by TFDS. Where TensorFlow is "
+            f"installed, run `tfds build {task.removeprefix('tfds:')} --file_format "
+            "array_record`."
         )
     builder = TASKS[task](
         data_dir=data_dir, file_format="array_record", download=download
     )
+    if not builder.data_path.exists():
+        print(f"Preparing {task} in {builder.data_path}, once.", file=sys.stderr)
     builder.download_and_prepare()
     return builder
 

@@ -21,7 +21,7 @@ from ..networks.measures import DEFINITIONS, measure
 from .checkpoints import Checkpoints
 from .devices import Devices
 from .interrupts import Interrupts
-from .metrics import MetricsLog
+from .metrics import BY_LAYER, MetricsLog
 from .presets import Config
 
 # One update, on all devices over which its mesh divides the batch.
@@ -248,7 +248,11 @@ class Training:
     def _evaluate(self, number, params, log):
         accuracy, loss = self._score(params, self.data.validation)
         _require_finite(loss, number)
-        log.write(step=number, split="validation", loss=loss, accuracy=accuracy)
+        measured = self._measure(params) or {}
+        by_layer = {name: measured[name] for name in BY_LAYER if name in measured}
+        log.write(
+            step=number, split="validation", loss=loss, accuracy=accuracy, **by_layer
+        )
         return {"accuracy": accuracy, "loss": loss, "step": number}
 
     def _has_stopped(self, best, number):

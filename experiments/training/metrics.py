@@ -3,6 +3,10 @@
 import json
 import os
 import pathlib
+from typing import Final
+
+# The measures that are recorded with each validation, a number for every layer.
+BY_LAYER: Final = ("relative_residual", "attention_entropy")
 
 
 class MetricsLog:
@@ -24,7 +28,7 @@ class MetricsLog:
         os.replace(new, path)
         self._file = path.open("a")
 
-    def write(self, **record: float | int | str) -> None:
+    def write(self, **record: float | int | str | list[float]) -> None:
         """Appends one line, which is kept even if the process is killed afterwards."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")

@@ -8,6 +8,7 @@ import pathlib
 from typing import Annotated
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 
 from ..figures import style
@@ -27,7 +28,9 @@ QUICK = Config()
 
 @style.styled
 def run(config: Config) -> pathlib.Path:
-    """Draws loss and validation accuracy by update, and returns the figure's path.
+    """Draws loss, accuracy, rank and entropy by update; returns the figure's path.
+
+    Rank and entropy are those of validation examples, where the runs have them.
 
     Raises:
         ValueError: No run is given.
@@ -35,7 +38,8 @@ def run(config: Config) -> pathlib.Path:
     """
     if not config.runs:
         raise ValueError("Name the folder of at least one run.")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True)
+    (loss, accuracy), (residual, entropy) = axes
     for number, folder in enumerate(config.runs):
         records = read_metrics(folder / "metrics.jsonl")
         if not records:
@@ -43,23 +47,35 @@ def run(config: Config) -> pathlib.Path:
                 f"There is no metrics.jsonl with records in {folder}. Give a folder "
                 "that `python -m experiments train` has written."
             )
-        of_split = lambda name, field, records=records: zip(
-            *((r["step"], r[field]) for r in records if r["split"] == name),
-            strict=True,
-        )
         color = style.series(number)["color"]
-        left.plot(*of_split("train", "loss"), color=color, alpha=0.5, linewidth=1)
+        loss.plot(
+            *_points(records, "train", "loss"), color=color, alpha=0.5, linewidth=1
+        )
         look = {"color": color, "marker": "o", "label": folder.name}
-        for axis, field in ((left, "loss"), (right, "accuracy")):
-            if points := list(of_split("validation", field)):
-                axis.plot(*points, **look)
-    left.set(ylabel="cross-entropy (line training, points validation)", xlabel="update")
-    right.set(ylabel="validation accuracy", xlabel="update")
-    if right.get_legend_handles_labels()[0]:
-        right.legend()
+        for axis, field, at in (
+            (loss, "loss", np.asarray),
+            (accuracy, "accuracy", np.asarray),
+            (residual, "relative_residual", lambda x: x[:, -1]),
+            (entropy, "attention_entropy", lambda x: x.mean(1)),
+        ):
+            steps, values = _points(records, "validation", field)
+            if len(steps):
+                axis.plot(steps, at(values), **look)
+    loss.set(ylabel="cross-entropy (line training)")
+    accuracy.set(ylabel="validation accuracy")
+    residual.set(ylabel="relative residual, last layer", xlabel="update", yscale="log")
+    entropy.set(ylabel="attention entropy, nats, mean", xlabel="update")
+    if loss.get_legend_handles_labels()[0]:
+        loss.legend()
     path = config.output or config.runs[0] / "training.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
     print(f"Wrote {path}.")
     return path
+
+
+def _points(records, split, field):
+    """The updates and values of the records of a split that have the field."""
+    found = [r for r in records if r["split"] == split and field in r]
+    return [r["step"] for r in found], np.array([r[field] for r in found])

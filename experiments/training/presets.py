@@ -5,7 +5,7 @@ import pathlib
 from types import MappingProxyType
 from typing import Final, Literal
 
-from ..data import Data, load
+from ..data import Data, check_name, load
 from ..data.text import Tokenizer
 from ..evidence import files
 from ..networks.encoder import LayerNorm, Position
@@ -169,12 +169,14 @@ def choose(preset: str | None, task: str | None) -> Config:
     """The preset of this name, else the preset for the task, else the one for digits.
 
     Raises:
-        ValueError: There is no such preset, or none for the task.
+        ValueError: There is no such preset, no such task, or no preset for the task.
     """
+    check_name(task or "digits")
     name = preset or task or "digits"
     if name not in PRESETS:
+        of = "" if preset else "for the task "
         raise ValueError(
-            f"There is no preset {name!r}; give --preset, one of {list(PRESETS)}."
+            f"There is no preset {of}{name!r}; give --preset, one of {list(PRESETS)}."
         )
     config = PRESETS[name]
     return dataclasses.replace(config, task=task) if task else config

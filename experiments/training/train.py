@@ -51,10 +51,11 @@ def run(config: Config) -> dict[str, Any]:
             the folder holds, or the data have changed since that began.
         FileExistsError: The output folder holds a run, and `resume` is False, or
             another process trains there.
+        FileNotFoundError: The output folder holds no run, and `resume` is True, or
+            the data are not there; says how to install them.
         SystemExit: SIGTERM or SIGINT asked the process to end, and it wrote a
             checkpoint; with several processes the signals end them at once.
         FloatingPointError: The loss became infinite or NaN.
-        FileNotFoundError: The data are not there; says how to install them.
         OSError: The output folder cannot be written.
     """
     if config.coordinator is not None:
@@ -80,7 +81,6 @@ def run(config: Config) -> dict[str, Any]:
     devices.wait_for_all("checked")
     if not is_first:
         return training.fit()
-    config.folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(config.folder):
         files.write_json(config.folder / "config.json", _options(config))
         result = training.fit()
@@ -91,15 +91,21 @@ def run(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone_in(folder):
-    """Locks the folder until the context ends, or the process."""
+    """Makes and locks the folder until the context ends, or the process."""
     lock = filelock.FileLock(folder / ".lock", blocking=False)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         raise FileExistsError(
             f"Another process trains in {folder}. Wait for it, or give another "
             "--output."
         ) from None
+    except OSError as error:
+        raise OSError(
+            f"The run cannot be written into {folder} ({error.strerror}). Make that a "
+            "folder with room that you may write, or give another --output."
+        ) from error
     try:
         yield
     finally:
@@ -122,6 +128,11 @@ def summary(result: dict[str, Any]) -> str:
 def _check_folder(config):
     path = config.folder / "config.json"
     if not path.exists():
+        if config.resume:
+            raise FileNotFoundError(
+                f"{config.folder} holds no run to resume. Start one without --resume, "
+                "or name the --output of the run."
+            )
         return
     if not config.resume:
         raise FileExistsError(

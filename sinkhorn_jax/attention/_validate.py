@@ -7,6 +7,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import number
@@ -198,8 +200,16 @@ def valid_tokens(
                 f"got {wrong[0]}. Crop the lengths, or check what they belong to."
             )
     # In int32, because the lengths' own dtype may be too narrow for the positions.
-    position = jnp.arange(length, dtype=jnp.int32)
     lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
+    if isinstance(lengths, Tracer) and are_known(length):
+        checkify.debug_check(
+            ((lengths >= 0) & (lengths <= length)).all(),
+            f"{name} must be between 0 and the {length} tokens that there are, got a "
+            "minimum of {low} and a maximum of {high}.",
+            low=lengths.min(initial=length),
+            high=lengths.max(initial=0),
+        )
+    position = jnp.arange(length, dtype=jnp.int32)
     return position[None, :] < lengths[:, None]
 
 
@@ -208,23 +218,27 @@ def check_pattern(
 ) -> None:
     """Refuses causal masks, and warns of a bias that is meant to exclude keys alone.
 
-    Only values that are known are examined: not those of an argument of `jit`, nor of a
-    mask that was made under it. It takes bias and mask as the caller gave them, because
-    under `jit` the result of any conversion is not known. The mask has any dtype, and
-    is nonzero where a query may attend.
+    Values that are not known, as those of an argument of `jit` or of a mask that was
+    made under it, are examined under `checkify` alone. It takes bias and mask as the
+    caller gave them, because under `jit` the result of any conversion is not known. The
+    mask has any dtype, and is nonzero where a query may attend.
     """
     if query.ndim < 3 or key.ndim < 3:
         return  # `check_arrays` says what is wrong.
     t, s = query.shape[-3], key.shape[-3]
     if not are_known(t, s):
         return
-    bias, mask = known_values(bias), known_values(mask)
-    if mask is not None:
-        _check_not_causal("mask", mask, lambda x: x != 0, t, s)
-    if bias is not None and jnp.issubdtype(bias.dtype, jnp.floating):
-        _check_not_causal("bias", bias, lambda x: x > LOW_BIAS, t, s)
-        if t > 1:
-            _warn_of_keys_alone(bias, t == s and not has_query_lengths)
+    allows = {"mask": lambda x: x.astype(bool)}
+    if bias is not None and jnp.issubdtype(jnp.result_type(bias), jnp.floating):
+        allows["bias"] = lambda x: x > LOW_BIAS
+    given = {"mask": mask, "bias": bias}
+    for name, allowed in allows.items():
+        if isinstance(given[name], Tracer):
+            _check_traced_not_causal(name, given[name], allowed, t, s)
+        elif (values := known_values(given[name])) is not None:
+            _check_not_causal(name, values, allowed, t, s)
+            if name == "bias" and t > 1:
+                _warn_of_keys_alone(values, t == s and not has_query_lengths)
 
 
 def _check_not_causal(name, x, allows, t, s):
@@ -233,14 +247,31 @@ def _check_not_causal(name, x, allows, t, s):
     # Most masks show in two of their rows that they are neither triangle.
     if allows(x[..., 0, 1:]).any() and allows(x[..., -1, :-1]).any():
         return
-    allowed = allows(x).reshape(-1, t, s).any(axis=0)
-    rows, cols = allowed.any(axis=1), allowed.any(axis=0)
-    if (allowed == rows[:, None] & cols[None, :]).all():
-        return  # It excludes padding only, and happens to leave one triangle.
-    lower, upper = np.tril(allowed, -1).any(), np.triu(allowed, 1).any()
+    lower, upper = _triangles(allows(x), t, np)
     if lower != upper:
         kind = "causal" if lower else "reversed causal"
         raise ValueError(CAUSAL.format(f"A {kind} {name}"))
+
+
+def _check_traced_not_causal(name, x, allows, t, s):
+    if t == 1 or t != s or x.shape[-2:] != (t, s):
+        return
+    lower, upper = _triangles(allows(x), t, jnp)
+    checkify.debug_check(
+        lower == upper, CAUSAL.format(f"A causal or reversed causal {name}")
+    )
+
+
+def _triangles(allowed, t, numpy):
+    """Whether any entry is allowed below the diagonal, and any above it.
+
+    Both are False where only padding is excluded, which may leave one triangle.
+    """
+    allowed = allowed.reshape(-1, t, t).any(axis=0)
+    rows, cols = allowed.any(axis=1), allowed.any(axis=0)
+    is_more = (allowed != rows[:, None] & cols[None, :]).any()
+    lower, upper = numpy.tril(allowed, -1).any(), numpy.triu(allowed, 1).any()
+    return is_more & lower, is_more & upper
 
 
 def _warn_of_keys_alone(bias, may_have_padded_queries):

@@ -6,6 +6,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental import checkify
 
 from .._core.options import Options
 from .._core.precision import accum_dtype, in_range
@@ -46,6 +47,8 @@ def validated(
         a = rows.astype(dtype) if b is None else _uniform(rows, b)
     if b is None:
         b = _uniform(cols, a)
+    if row_marginal is not None or col_marginal is not None:
+        _check_traced(a, b, given)
     num, t, s = problem.batch, problem.t, problem.s
     flat = logits.reshape(num, t, s), a.reshape(num, t), b.reshape(num, s)
     return problem, Matrices(*flat)
@@ -129,7 +132,7 @@ def _check_values(problem, dtype, logits, where, a, b):
     with jax.ensure_compile_time_eval():
         entries, mask = known(logits, (t, s)), known(where, (t, s))
         a, b = known(a, (t,)), known(b, (s,))
-        eps = [float(jnp.finfo(x.dtype).eps) for x in (a, b) if x is not None]
+        rtol = _totals_rtol(a, b)
         if entries is None:
             entries = jnp.zeros((1,) * num_batch_axes + (t, s), dtype)
         if mask is not None:
@@ -142,7 +145,27 @@ def _check_values(problem, dtype, logits, where, a, b):
             b = _check_signs("col_marginal", b, allowed.any(axis=-2))
         # A mask that is not known may exclude what makes the totals differ.
         if a is not None and b is not None and (where is None or mask is not None):
-            _check_totals(a, b, max(TOTALS_RTOL, *eps))
+            _check_totals(a, b, rtol)
+
+
+def _check_traced(a, b, given):
+    """The checks of `_check_values` on what is not known, for `checkify` alone."""
+    if all(x is None or _is_known(x) for x in given):
+        return
+    for name, x in (("row_marginal", a), ("col_marginal", b)):
+        checkify.debug_check(
+            ((x >= 0) & jnp.isfinite(x)).all(),
+            f"{name} must be positive and finite, or 0 for a row or column to leave "
+            "out, got a minimum of {low} and a maximum of {high}.",
+            low=x.min(initial=jnp.inf),
+            high=x.max(initial=0),
+        )
+    rtol = _totals_rtol(*given[2:])
+    checkify.debug_check(
+        ~_excess(a, b, rtol).any(),
+        "row_marginal and col_marginal must have the same total: no plan has both. "
+        "Rescale one of them.",
+    )
 
 
 def _is_known(x):
@@ -162,13 +185,25 @@ def _check_signs(name, marginal, valid):
     return marginal
 
 
-def _check_totals(a, b, rtol):
+def _totals_rtol(*marginals):
+    """The relative difference of totals that is rounding."""
+    dtypes = [jnp.asarray(x).dtype for x in marginals if x is not None]
+    return max(TOTALS_RTOL, *(float(jnp.finfo(dtype).eps) for dtype in dtypes))
+
+
+def _excess(a, b, rtol):
+    """By how much the totals differ where that is more than rounding, else 0."""
     scale = in_range(jnp.maximum(a.max(axis=-1), b.max(axis=-1)))[..., None]
     totals = [(x * scale).sum(axis=-1) for x in (a, b)]
     difference = jnp.abs(totals[0] - totals[1])
-    if (difference > rtol * jnp.maximum(*totals)).any():
-        worst = jnp.unravel_index(difference.argmax(), difference.shape)
-        a, b = (jnp.broadcast_to(x.sum(axis=-1), difference.shape) for x in (a, b))
+    return jnp.where(difference > rtol * jnp.maximum(*totals), difference, 0)
+
+
+def _check_totals(a, b, rtol):
+    excess = _excess(a, b, rtol)
+    if excess.any():
+        worst = jnp.unravel_index(excess.argmax(), excess.shape)
+        a, b = (jnp.broadcast_to(x.sum(axis=-1), excess.shape) for x in (a, b))
         raise ValueError(
             "row_marginal and col_marginal must have the same total, got "
             f"{a[worst]} and {b[worst]}: no plan has both. "

@@ -84,6 +84,14 @@ def test_the_table_has_a_line_for_each_program(quick):
     rows = quick[0]
     lines = table.sweep(rows).splitlines()
     assert len(lines) == 2 + len({row.implementation for row in rows})
+    *_, last = lines
+    title, header, *printed = table.narrow(rows).splitlines()
+    assert title == "4x64 float32, 10 iterations"
+    assert len(printed) == len(lines) - 2
+    assert {len(header), *map(len, printed)} == {len(header)}
+    assert len(header) < 100
+    for cell in last.replace("`", "").replace("*", "").strip("| ").split(" | ")[4:8]:
+        assert cell in printed[-1]
 
 
 def test_what_is_slow_is_skipped_with_more_tokens(quick, monkeypatch):

@@ -344,7 +344,7 @@ def test_data_sets_of_other_kinds_are_refused(changes, message, tmp_path):
 
 
 def test_unknown_tasks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Unknown task 'cifar'; expected one of"):
+    with pytest.raises(ValueError, match="There is no task 'cifar'; give one of"):
         load("cifar", data_dir=tmp_path)
 
 

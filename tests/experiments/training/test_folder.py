@@ -30,8 +30,14 @@ def test_a_run_that_could_not_start_leaves_its_folder_free(tmp_path, data_dir):
 
 def test_an_unwritable_folder_is_refused(tmp_path, data_dir):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match=r"written into .*file.run \(Not a directory\)"):
         train.run(tiny(tmp_path / "file" / "run", data_dir))
+
+
+def test_nothing_is_resumed_where_nothing_is(tmp_path, data_dir):
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        train.run(tiny(tmp_path / "run", data_dir, resume=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_do_not_share_a_folder(uninterrupted, tmp_path, data_dir):

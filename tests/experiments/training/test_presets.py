@@ -37,5 +37,5 @@ def test_presets_are_defaults_of_the_command_line(monkeypatch):
     assert (sinkformer.depth, sinkformer.width, sinkformer.num_heads) == (6, 256, 8)
     assert sinkformer.mlp_width == 1024
     assert sinkformer.resume
-    with pytest.raises(SystemExit, match="no preset 'cifar'"):
+    with pytest.raises(SystemExit, match="no task 'cifar'"):
         command.main(["train", "--task", "cifar"])

@@ -41,12 +41,19 @@ def test_a_killed_run_resumes_bit_identically(
     assert metrics(folder) == metrics(uninterrupted[0])
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory, data_dir):
+    """The options of a run of 400 updates that has ended."""
+    folder = tmp_path_factory.mktemp("runs") / "long"
+    config = tiny(folder, data_dir, num_steps=400, num_measured=0)
+    train.run(config)
+    return config
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0, 2.0])
-def test_a_run_killed_at_any_moment_resumes_bit_identically(delay, tmp_path, data_dir):
-    whole = tiny(tmp_path / "whole", data_dir, num_steps=400, num_measured=0)
-    train.run(whole)
-    config = dataclasses.replace(whole, output=tmp_path / "killed")
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0])
+def test_a_run_killed_at_any_moment_resumes_bit_identically(delay, tmp_path, long):
+    config = dataclasses.replace(long, output=tmp_path / "killed")
     process = in_process(config)
     while not (tmp_path / "killed" / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -54,7 +61,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_identically(delay, tmp_path, dat
     process.kill()
     process.communicate()
     train.run(dataclasses.replace(config, resume=True))
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert metrics(config.output) == metrics(long.output)
 
 
 @pytest.mark.parametrize(
