@@ -39,7 +39,7 @@ from ..figures import (
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
 from ..networks.pure_attention import growth, random_curves
-from ..study import more, plan, rows
+from ..study import escape, more, plan, rows
 from ..study.bag_of_words import linear_accuracy
 from ..study.cell import Sizes
 from ..study.observe import DEFINITIONS, significant
@@ -110,6 +110,11 @@ PRESETS: Final = MappingProxyType(
     {
         "primary": Config(),
         "secondary": Config(preset="secondary"),
+        "escape": Config(
+            preset="escape",
+            text=dataclasses.replace(plan.TEXT, seeds=escape.SEEDS),
+            no_skip_rates=(escape.RATE,),
+        ),
         "sinkformer_imdb": Config(
             preset="sinkformer_imdb", text=SINKFORMER, rates=(1e-4,)
         ),
@@ -164,6 +169,7 @@ def run(config: Config) -> dict[str, Any] | None:
     trained = {
         "primary": lambda: config.primary,
         "secondary": lambda: more.secondary(config.text, config.images),
+        "escape": lambda: [escape.contrast(config.text, config.no_skip_rates)],
         "sinkformer_imdb": lambda: more.full_size(config.text, config.rates[0]),
         "vit": lambda: more.full_size(config.images, config.rates[0]),
     }
@@ -200,7 +206,9 @@ def run(config: Config) -> dict[str, Any] | None:
             contrasts = [*_of_primary(config, store), *contrasts]
         measured["rows"] = [rows.row(contrast, store.get) for contrast in contrasts]
     measured["curves"] = [rows.curves(cell, store.get(cell)) for cell in cells]
-    figure = study_rows.draw if config.preset == "secondary" else draw
+    figure = {"secondary": study_rows.draw, "escape": study_courses.draw}.get(
+        config.preset, draw
+    )
     options = {"question": "study", "others": others}
     return files.write_result(
         config.preset, config, measured, findings, figure, start, **options
@@ -261,4 +269,6 @@ def findings(result: dict[str, Any]) -> list[Finding]:
     """Returns the verdicts of the contrasts."""
     if result["preset"] == "primary":
         return rows.primary_findings(result["rows"])
+    if result["preset"] == "escape":
+        return [escape.finding(result["curves"])]
     return rows.secondary_findings(result["rows"])

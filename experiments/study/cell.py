@@ -79,8 +79,12 @@ class Cell:
         sizes, skip = self.sizes, "skip" if self.has_skip else "no_skip"
         design = (sizes.task, self.layer_norm, skip, self.pooling)
         numbers = f"w{sizes.width}-d{self.depth}-u{sizes.num_steps}"
+        first = sizes.seeds[0]
         return "-".join(
-            (*design, numbers, f"rate{self.learning_rate:g}", f"iters{self.num_iters}")
+            (
+                *(*design, numbers, f"rate{self.learning_rate:g}"),
+                *(f"iters{self.num_iters}", *([f"seed{first}"] if first else ())),
+            )
         )
 
     @property

@@ -10,6 +10,7 @@ from support import study_double
 
 from experiments.networks.pure_attention import random_curves
 from experiments.questions import study
+from experiments.study import escape
 from experiments.study.store import Store
 
 TEXT = dataclasses.replace(study_double.TEXT, seeds=tuple(range(10)))
@@ -192,6 +193,19 @@ def test_secondary_contrasts_follow_the_primary_ones(computed, config):
 def test_secondary_contrasts_need_the_primary_ones(computed, config):
     with pytest.raises(FileNotFoundError, match="Run --preset primary first"):
         run(dataclasses.replace(config, preset="secondary"))
+
+
+def test_the_follow_up_has_cells_of_its_own(computed, config):
+    text = dataclasses.replace(TEXT, seeds=(10, 11, 12))
+    options = {"preset": "escape", "text": text, "no_skip_rates": (0.003,)}
+    result = run(dataclasses.replace(config, **options))
+    assert [cell.num_iters for cell in computed] == [10, 0]
+    assert not any(cell.has_skip for cell in computed)
+    assert all(cell.name.endswith("-seed10") for cell in computed)
+    (found,) = result["findings"]
+    assert (found["verdict"], found["claim"]) == ("undecided", escape.CLAIM)
+    assert "Of 3 networks each, 3 learn with Sinkhorn and 3" in found["text"]
+    check_figure(config.output / "escape.png", 300)
 
 
 def test_full_sizes(computed, config):
