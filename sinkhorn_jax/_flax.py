@@ -65,22 +65,20 @@ class LayerMask(NamedTuple):
     def zero_padding(
         self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
     ) -> tuple[Array, Array | None, Array | None]:
-        """The inputs of a layer with 0 for tokens that the lengths leave out.
+        """The inputs of a layer with 0 for tokens that mask and lengths leave out.
 
         NaN there would reach the gradients of the projections, as 0 times NaN.
         """
-        lengths = self.query_seq_lengths, self.key_value_seq_lengths
-        of_queries, of_keys = (None if x is None else jnp.asarray(x) for x in lengths)
-        if inputs_k is None and of_queries is not None and of_keys is not None:
+        *batch, t, _ = inputs_q.shape
+        s = t if inputs_k is None else inputs_k.shape[-2]
+        queries = _used(self.query_seq_lengths, self.mask, -1, (*batch, t))
+        keys = _used(self.key_value_seq_lengths, self.mask, -2, (*batch, s))
+        if inputs_k is None:
             # The same tokens are queries and keys.
-            of_queries = jnp.maximum(*jnp.broadcast_arrays(of_queries, of_keys))
-        elif inputs_k is None:
-            of_queries = None
-        return (
-            _zero_after(inputs_q, of_queries),
-            None if inputs_k is None else _zero_after(inputs_k, of_keys),
-            None if inputs_v is None else _zero_after(inputs_v, of_keys),
-        )
+            queries = None if queries is None or keys is None else queries | keys
+            return _keep(inputs_q, queries), None, _keep(inputs_v, queries)
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        return tuple(map(_keep, (inputs_q, inputs_k, inputs_v), (queries, keys, keys)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +167,28 @@ class PlanOptions:
         )
 
 
-def _zero_after(x, lengths):
-    if lengths is None:
-        return x
-    lengths = jnp.broadcast_to(lengths, x.shape[:-2]).astype(jnp.int32)
-    position = jnp.arange(x.shape[-2], dtype=jnp.int32)
-    position = jnp.broadcast_to(position, x.shape[:-1])
-    return jnp.where((position < lengths[..., None])[..., None], x, 0)
+def _used(lengths, mask, axis, shape):
+    """Tokens (*batch, L) within the lengths that the mask allows; None means all.
+
+    A mask that does not fit is left for the attention to refuse.
+    """
+    used = None
+    if lengths is not None:
+        lengths = jnp.broadcast_to(jnp.asarray(lengths), shape[:-1]).astype(jnp.int32)
+        position = jnp.arange(shape[-1], dtype=jnp.int32)
+        used = jnp.broadcast_to(position, shape) < lengths[..., None]
+    if mask is not None:
+        allowed = jnp.atleast_2d(as_array("mask", mask)).astype(bool).any(axis)
+        allowed = allowed if allowed.ndim < 2 else allowed.any(-2)  # By any head.
+        aligned = zip(allowed.shape[::-1], shape[::-1], strict=False)
+        if allowed.ndim <= len(shape) and all(n in (1, size) for n, size in aligned):
+            allowed = jnp.broadcast_to(allowed, shape)
+            used = allowed if used is None else used & allowed
+    return used
+
+
+def _keep(x, used):
+    return x if x is None or used is None else jnp.where(used[..., None], x, 0)
 
 
 def _check_mask(mask, t, s, has_query_lengths):

@@ -304,15 +304,21 @@ def test_nnx_modes_and_missing_keys_of_dropout():
 
 
 @frameworks
+@pytest.mark.parametrize("kind", ["lengths", "mask"])
 @pytest.mark.parametrize("is_self_attention", [True, False])
 def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
-    framework, is_self_attention
+    framework, is_self_attention, kind
 ):
     layer = framework(num_iters=NUM_ITERS)
     lengths = jnp.array([4, 2, 6]), jnp.array([3, 5, 1])
     names = "query_seq_lengths", "key_value_seq_lengths"
     given = 1 if is_self_attention else 2
     padding = dict(zip(names[:given], lengths[:given], strict=True))
+    if kind == "mask":
+        queries, keys = lengths[0], lengths[given - 1]
+        rows = np.arange(T)[None, :, None] < queries[:, None, None]
+        cols = np.arange(T if given == 1 else S)[None, None] < keys[:, None, None]
+        padding = {"mask": (rows & cols)[:, None]}
 
     def gradients(junk):
         inputs = [tokens(), tokens(1, S)][:given]
