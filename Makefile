@@ -33,7 +33,7 @@ TESTS ?= tests/package/attention tests/package/matrix tests/package/flax/test_mu
 GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
-.PHONY: demo report test check-results test-all fuzz benchmark clean
+.PHONY: demo report test check-results test-all fuzz mutation benchmark clean
 .PHONY: test-wheel test-newest
 .PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
@@ -81,6 +81,11 @@ test-newest:
 # 20,000 random matrix problems; goes on where it was stopped.
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py
+
+# Random changes of the code, to see which ones the tests notice: some hours.
+mutation: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mutation]'
+	$(BIN)/python tests/mutation.py
 
 benchmark: $(PEERS)
 	$(BIN)/python -m benchmarks

@@ -11,7 +11,7 @@ from support import reference
 from support.hostile import hostile_logits, large_offsets
 from support.matrices import S, T, marginals, random, sparse_with_padding
 
-from sinkhorn_jax import Implicit, sinkhorn, sinkhorn_potentials
+from sinkhorn_jax import sinkhorn, sinkhorn_potentials
 from sinkhorn_jax._core.domain import Linear
 from sinkhorn_jax._core.iteration import is_representable, iterate
 from sinkhorn_jax._core.options import Options
@@ -209,49 +209,3 @@ def test_a_batch_takes_log_space_matrix_by_matrix():
         (sinkhorn(mixed[:1], 50)[0], gradient(mixed[:1])[0]),
         atol=1e-6,
     )
-
-
-def test_converged_plans_agree_with_pot():
-    cost = jax.random.uniform(jax.random.key(0), (T, S), "float64")
-    a, b = (x / x.sum() for x in marginals())
-    expected = pytest.importorskip("ot").sinkhorn(
-        *(np.asarray(x) for x in (a, b, cost)),
-        reg=0.3,
-        method="sinkhorn_log",
-        stopThr=1e-14,
-    )
-    plan = sinkhorn(-cost / 0.3, 500, row_marginal=a, col_marginal=b)
-    np.testing.assert_allclose(plan, expected, atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_converged_plans_and_implicit_gradients_agree_with_ott():
-    pytest.importorskip("ott")
-    cost = jax.random.uniform(jax.random.key(0), (T, S), "float64")
-    a, b = (x / x.sum() for x in marginals())
-    w = random(1, (T, S))
-
-    def ours(cost):
-        plan = sinkhorn(
-            -cost / 0.3,
-            500,
-            row_marginal=a,
-            col_marginal=b,
-            gradient=Implicit(tolerance=1e-12),
-        )
-        return (plan * w).sum(), plan
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        from ott.geometry import geometry
-        from ott.problems.linear import linear_problem
-        from ott.solvers.linear import sinkhorn as ott_sinkhorn
-
-        def theirs(cost):
-            geometry_ = geometry.Geometry(cost_matrix=cost, epsilon=0.3)
-            problem = linear_problem.LinearProblem(geometry_, a, b)
-            solver = ott_sinkhorn.Sinkhorn(threshold=1e-12, max_iterations=5000)
-            plan = solver(problem).matrix
-            return (plan * w).sum(), plan
-
-        expected = jax.jit(jax.grad(theirs, has_aux=True))(cost)
-    chex.assert_trees_all_close(jax.grad(ours, has_aux=True)(cost), expected, atol=1e-8)
