@@ -78,7 +78,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|numpy) '
 	$(NEWEST)/bin/python -m pytest -m "not slow" --ignore=tests/results -W default
 
-# 20,000 random matrix problems; goes on where it was stopped.
+# 20,000 random problems; goes on where it was stopped.
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py
 

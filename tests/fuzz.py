@@ -1,7 +1,8 @@
-"""Checks random matrix problems by the thousand, for every program: `make fuzz`.
+"""Checks random problems by the thousand, for every program: `make fuzz`.
 
-It goes on where it was stopped. Of a problem that fails it prints a simple form, which
-`support.properties.check` fails on again, and it ends with status 1.
+Problems of matrices and of attention. It goes on where it was stopped. Of a problem
+that fails it prints a simple form, on which the program's `check` fails again, and it
+ends with status 1.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+from support import random_attention, random_matrices
 from support.properties import check_many
-from support.random_problems import compiled, every_program
+
+NETS = (random_matrices, random_attention)
 
 
 def main():
@@ -25,7 +28,7 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, default=default)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    programs = list(every_program())
+    programs = [program for net in NETS for program in net.every_program()]
     each = -(-options.examples // len(programs))
     about = {"seed": options.seed, "examples": each, "jax": jax.__version__}
     done = about | {"worst": {}}
@@ -50,7 +53,8 @@ def main():
             name: float(f"{error:.2g}") for name, error in worst.items()
         }
         options.output.write_text(json.dumps(done, indent=1) + "\n")
-        compiled.cache_clear()
+        for net in NETS:
+            net.compiled.cache_clear()
         jax.clear_caches()
     return has_failed
 

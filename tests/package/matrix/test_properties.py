@@ -1,12 +1,12 @@
 """The properties of every matrix problem, on random ones of all kinds.
 
 Hypothesis draws the problems, and reduces one that fails to a simple one. `make fuzz`
-draws many more, for every program of `random_problems`.
+draws many more, for every program of `random_matrices`.
 """
 
 import pytest
 from support.properties import check_many
-from support.random_problems import Program
+from support.random_matrices import Program
 
 from sinkhorn_jax import Implicit, Truncated
 

@@ -1,4 +1,4 @@
-"""Random matrix problems of all kinds, as hypothesis strategies."""
+"""Random matrix problems of all kinds, and the properties of every one of them."""
 
 import dataclasses
 import functools
@@ -11,6 +11,12 @@ import numpy as np
 from hypothesis import strategies
 
 from sinkhorn_jax import Exact, Implicit, Truncated, sinkhorn, sinkhorn_potentials
+
+from . import reference
+
+# The largest errors that pass, see `check`.
+ATOL = {"float64": 1e-9, "float32": 5e-6}
+GRADIENT_ATOL = {"float64": 1e-8, "float32": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,14 @@ class Program:
     def options(self):
         names = ("num_iters", "finish", "gradient", "tolerance", "implementation")
         return {name: getattr(self, name) for name in names}
+
+    def draw(self):
+        """The problems of this program."""
+        return problems(self)
+
+    def check(self, problem):
+        """Raises AssertionError if a property fails; returns the largest errors."""
+        return check(self, problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +125,82 @@ def compiled(program):
         return (plan * w).sum() + (finite(both, where) * w).sum(), (plan, found)
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+
+def check(program, problem):
+    """Raises AssertionError if a property fails; returns the largest errors.
+
+    Those of plans and marginal errors are absolute: entries of a plan are at most as
+    large as its largest marginal. Those of gradients are relative to the largest entry
+    of the gradient, or to 1.
+    """
+    errors = {}
+
+    def note(name, found, expected, atol):
+        error = float(np.abs(found - np.asarray(expected)).max())
+        assert error <= atol, f"The {name} is off by {error:.2g}."
+        errors[name] = max(error, errors.get(name, 0.0))
+
+    logits, where, a, b = problem.arrays(program)
+    weights = np.random.default_rng(problem.seed + 1).normal(size=logits.shape)
+    run = compiled(program)
+    (_, (plan, found)), gradients = jax.device_get(run(logits, a, b, where, weights))
+
+    # Everything is a number, and nothing of padding is left.
+    for each in (plan, *found, *gradients):
+        assert np.isfinite(each).all()
+    rows, cols = where.any(2), where.any(1)
+    assert not plan[~where].any()
+    for potential, gradient, used in zip(
+        found[:2], gradients[1:], (rows, cols), strict=True
+    ):
+        assert not potential[~used].any()
+        assert not gradient[~used].any()
+    assert not gradients[0][~where].any()
+
+    # One side is exact.
+    atol = ATOL[program.dtype]
+    axis, target = (2, a) if program.finish == "rows" else (1, b)
+    if program.num_iters and (program.finish == "rows" or found.num_iters.all()):
+        note("exact sum", plan.sum(axis), target, atol)
+
+    # Plans and potentials are those of the plain loop.
+    for number, num_iters in enumerate(found.num_iters):
+        excluded = np.where(where[number], logits[number].astype(np.float64), -np.inf)
+        marginals = a[number].astype(np.float64), b[number].astype(np.float64)
+        arguments = (excluded, int(num_iters), *marginals, program.finish)
+        expected = reference.sinkhorn(*arguments)
+        note("plan", plan[number], expected, atol)
+        error = reference.potentials(*arguments)[2]
+        note("marginal error", found.marginal_error[number], error, atol)
+
+    # Gradients are those of the log-space scan in float64.
+    oracle = dataclasses.replace(program, implementation="reference", dtype="float64")
+    if oracle != program:
+        given = (x.astype(np.float64) for x in (logits, a, b))
+        (_, (_, other)), expected = compiled(oracle)(*given, where, weights)
+        for each, right in zip(gradients, expected, strict=True):
+            for number in range(2):
+                # Rounding may decide when a tolerance stops.
+                if found.num_iters[number] == other.num_iters[number]:
+                    size = max(1.0, np.abs(right[number]).max())
+                    pair = each[number] / size, right[number] / size
+                    note("gradient", *pair, GRADIENT_ATOL[program.dtype])
+
+    # Matrices do not see each other, nor what is excluded.
+    poison = np.where(where, logits, np.array([np.nan, np.inf])[:, None, None])
+    for changed in (
+        run(*(x[::-1] for x in (logits, a, b, where, weights))),
+        run(
+            poison.astype(program.dtype)[::-1],
+            *(x[::-1] for x in (a, b, where, weights)),
+        ),
+    ):
+        (_, (again, _)), again_gradients = changed
+        np.testing.assert_array_equal(again[::-1], plan)
+        for each, before in zip(again_gradients, gradients, strict=True):
+            np.testing.assert_array_equal(each[::-1], before)
+    return errors
 
 
 IMPLEMENTATIONS = ("scaling", "reference")
