@@ -78,12 +78,6 @@ def secondary(text: Sizes, images: Sizes) -> Iterator[Contrast]:
             f"{RANK}, with {_iterations(num_iters)} (text)",
             _against_all(num_iters, few, text),
         )
-    for num_iters in (1, 50):
-        yield Contrast(
-            f"images_iterations_{num_iters}",
-            f"{RANK}, with {_iterations(num_iters)} (images)",
-            _against_all(num_iters, few_images, images),
-        )
     yield Contrast(
         "max_pooling",
         f"{RANK}, behind a maximum over tokens (text)",
@@ -119,6 +113,12 @@ def secondary(text: Sizes, images: Sizes) -> Iterator[Contrast]:
         f"{RANK}, at twice the width and heads (text)",
         against_softmax(sizes=wide, rates=MIDDLE),
     )
+    for num_iters in (1, 50):
+        yield Contrast(
+            f"images_iterations_{num_iters}",
+            f"{RANK}, with {_iterations(num_iters)} (images)",
+            _against_all(num_iters, few_images, images),
+        )
 
 
 def full_size(sizes: Sizes, rate: float) -> Iterator[Contrast]:
