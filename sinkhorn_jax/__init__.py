@@ -1,5 +1,7 @@
 """Doubly stochastic attention and a differentiable Sinkhorn in JAX."""
 
+__version__ = "0.1.0"
+
 from . import collapse as collapse
 from ._core.gradient import Exact as Exact
 from ._core.gradient import Implicit as Implicit

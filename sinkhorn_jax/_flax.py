@@ -78,7 +78,7 @@ class LayerMask(NamedTuple):
             queries = None if queries is None or keys is None else queries | keys
             return _keep(inputs_q, queries), None, _keep(inputs_v, queries)
         inputs_v = inputs_k if inputs_v is None else inputs_v
-        return tuple(map(_keep, (inputs_q, inputs_k, inputs_v), (queries, keys, keys)))
+        return _keep(inputs_q, queries), _keep(inputs_k, keys), _keep(inputs_v, keys)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import pathlib
+import runpy
 import sys
 
 import jax
@@ -20,4 +21,4 @@ assert jnp.allclose(plan.sum(axis=0), 1.0, atol=1e-5), plan
 query = jnp.ones((1, 5, 2, 3))
 gradient = jax.grad(lambda x: sinkhorn_jax.sinkhorn_attention(x, x, x).sum())(query)
 assert jnp.isfinite(gradient).all(), gradient
-print(f"sinkhorn_jax on JAX {jax.__version__}, Python {sys.version.split()[0]}: works.")
+runpy.run_module("sinkhorn_jax", run_name="__main__")

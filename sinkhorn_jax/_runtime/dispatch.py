@@ -63,6 +63,20 @@ def preferred(
     )
 
 
+def why_not_here(entry: Implementation, problem: Any) -> str | None:
+    """Why the implementation cannot run the problem on this machine; None if it can."""
+    backend = jax.default_backend()
+    if entry.device not in (None, backend):
+        return (
+            f"its kernels are for a {str(entry.device).upper()}, and JAX computes on a "
+            f"{backend.upper()}"
+        )
+    try:
+        return entry.load().why_not(problem)
+    except ModuleNotFoundError as error:
+        return str(error)
+
+
 def check_name(table: Mapping[str, Implementation], name: str | None) -> None:
     """Checks that the table has the name, which may be None.
 
