@@ -25,3 +25,5 @@ from ._over_depth import residual_over_depth as residual_over_depth
 from ._rates import convergence_rate as convergence_rate
 from ._rates import iterations_to_reduce as iterations_to_reduce
 from ._rates import remaining_error as remaining_error
+from ._summary import Summary as Summary
+from ._summary import summarize as summarize

@@ -57,8 +57,8 @@ def measures_over_depth(
             or the arrays of a sequence differ in shape, or `dtype` is not float32 or
             float64, or is float64 without x64.
     """
-    hidden_states = _stacked("hidden_states", hidden_states)
-    plans = None if plans is None else _stacked("plans", plans)
+    hidden_states = as_layers("hidden_states", hidden_states)
+    plans = None if plans is None else as_layers("plans", plans)
     _check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
     cast = _cast_to(dtype)
     tokens = lax.map(lambda x: token_measures(cast(x), where), hidden_states)
@@ -96,12 +96,13 @@ def residual_over_depth(
     Returns:
         The ratios, with the layers on the first axis.
     """
-    hidden_states = _stacked("hidden_states", hidden_states)
+    hidden_states = as_layers("hidden_states", hidden_states)
     _check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
     return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
 
 
-def _stacked(name, layers):
+def as_layers(name: str, layers: Array | Sequence[Array]) -> Array:
+    """The layers of a sequence stacked on a first axis, or as they are."""
     if not isinstance(layers, Sequence):
         return as_array(name, layers)
     arrays = [as_array(f"{name}[{i}]", x) for i, x in enumerate(layers)]
