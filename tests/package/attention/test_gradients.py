@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("short_query_blocks")
 FLOAT64_GRADIENT_ATOL = 1e-11
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @implementations
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_agree_with_autodiff_of_the_reference(implementation, case):
@@ -50,7 +50,7 @@ def gradients_of_the_reference(case):
     return gradients("reference", inputs(), options.pop("bias", None), options)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 @pytest.mark.parametrize(
     "options",

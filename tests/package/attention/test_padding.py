@@ -58,7 +58,7 @@ def with_junk(junk):
     )
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @implementations
 @pytest.mark.parametrize("how", PADDING)
 def test_junk_in_padding_reaches_nothing(implementation, how):

@@ -60,7 +60,7 @@ def test_large_offsets_leave_the_error_of_the_differences(
         assert max(error.values()) < 2e-5, error
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def assert_gradients_agree(case):
     )
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_agree_with_autodiff_of_the_reference(case):
     assert_gradients_agree(case)

@@ -27,7 +27,7 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 KERNELS = [name for name in IMPLEMENTATIONS if "mosaic" in name]
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(12)
 @implementations
 @pytest.mark.parametrize("dtype", ATOL)
 @pytest.mark.parametrize("shape", [(T, S), SHAPE, (1, 6), (4, 1), (0, 3, 3)])
