@@ -217,6 +217,8 @@ def every_program():
         *axes
     ):
         is_implicit = isinstance(gradient, Implicit)
+        if is_implicit and tolerance is not None:
+            tolerance = {"float64": 1e-12, "float32": 1e-6}[dtype]
         yield Program(
             implementation,
             dtype,
@@ -224,7 +226,5 @@ def every_program():
             num_iters=300 if is_implicit else 10,
             finish=finish,
             gradient=gradient,
-            tolerance=(1e-12 if dtype == "float64" else 1e-6)
-            if is_implicit and tolerance
-            else tolerance,
+            tolerance=tolerance,
         )
