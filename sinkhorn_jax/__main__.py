@@ -51,11 +51,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sinkhorn_jax",
         description="Versions, devices, and which implementations of "
-        "sinkhorn_attention can run a call of this size here.",
+        "sinkhorn_attention can run a call of this size here. Memory is not looked at.",
     )
     for name, default in (("tokens", 1024), ("heads", 8), ("head-dim", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="float32")
+        parser.add_argument(f"--{name}", type=_positive, default=default)
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=dtypes, default="float32")
     parser.add_argument("--num-iters", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(args)
@@ -72,9 +73,15 @@ def main(args: Sequence[str] | None = None) -> None:
         values = value if isinstance(value, list) else [value or "not installed"]
         print(f"{name:12}  {', '.join(values)}")
     size = f"{given.heads} heads of {given.tokens} tokens x {given.head_dim}"
-    print(f"\nsinkhorn_attention, {size}, {given.dtype}: takes {taken}")
+    print(f"\nsinkhorn_attention, {size}, {problem.dtype}: takes {taken}")
     for name, reason in implementations.items():
         print(f"{name:12}  {reason or 'can run'}")
+
+
+def _positive(text):
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def _problem(given):

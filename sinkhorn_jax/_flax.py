@@ -71,8 +71,10 @@ class LayerMask(NamedTuple):
         """
         *batch, t, _ = inputs_q.shape
         s = t if inputs_k is None else inputs_k.shape[-2]
-        queries = _used(self.query_seq_lengths, self.mask, -1, (*batch, t))
-        keys = _used(self.key_value_seq_lengths, self.mask, -2, (*batch, s))
+        queries = _within(self.query_seq_lengths, (*batch, t))
+        keys = _within(self.key_value_seq_lengths, (*batch, s))
+        if self.mask is not None:
+            queries, keys = _allowed(self.mask, queries, keys, batch, t, s)
         if inputs_k is None:
             # The same tokens are queries and keys.
             queries = None if queries is None or keys is None else queries | keys
@@ -167,24 +169,36 @@ class PlanOptions:
         )
 
 
-def _used(lengths, mask, axis, shape):
-    """Tokens (*batch, L) within the lengths that the mask allows; None means all.
+def _within(lengths, shape):
+    """Tokens (*batch, L) within the lengths; None means all."""
+    if lengths is None:
+        return None
+    lengths = jnp.broadcast_to(jnp.asarray(lengths), shape[:-1]).astype(jnp.int32)
+    position = jnp.arange(shape[-1], dtype=jnp.int32)
+    return jnp.broadcast_to(position, shape) < lengths[..., None]
+
+
+def _allowed(mask, queries, keys, batch, t, s):
+    """Queries and keys that the mask allows for one that is within its lengths.
 
     A mask that does not fit is left for the attention to refuse.
     """
-    used = None
-    if lengths is not None:
-        lengths = jnp.broadcast_to(jnp.asarray(lengths), shape[:-1]).astype(jnp.int32)
-        position = jnp.arange(shape[-1], dtype=jnp.int32)
-        used = jnp.broadcast_to(position, shape) < lengths[..., None]
-    if mask is not None:
-        allowed = jnp.atleast_2d(as_array("mask", mask)).astype(bool).any(axis)
-        allowed = allowed if allowed.ndim < 2 else allowed.any(-2)  # By any head.
-        aligned = zip(allowed.shape[::-1], shape[::-1], strict=False)
-        if allowed.ndim <= len(shape) and all(n in (1, size) for n, size in aligned):
-            allowed = jnp.broadcast_to(allowed, shape)
-            used = allowed if used is None else used & allowed
-    return used
+    mask = jnp.atleast_2d(as_array("mask", mask)).astype(bool)
+    axes = len(batch) + 3  # With one for the heads.
+    lead = max(mask.ndim - axes, 0)
+    aligned = zip(mask.shape[:-3][::-1], batch[::-1], strict=False)
+    fits = all(n == 1 for n in mask.shape[:lead]) and all(
+        n in (1, m) for n, m in aligned
+    )
+    if not (fits and mask.shape[-2] in (1, t) and mask.shape[-1] in (1, s)):
+        return queries, keys
+    mask = mask.reshape((1,) * (axes - mask.ndim) + mask.shape[lead:])
+    of_keys = mask if keys is None else mask & keys[..., None, None, :]
+    of_queries = mask if queries is None else mask & queries[..., None, :, None]
+    rows = jnp.broadcast_to(of_keys.any(axis=(-1, -3)), (*batch, t))
+    cols = jnp.broadcast_to(of_queries.any(axis=(-2, -3)), (*batch, s))
+    rows = rows if queries is None else rows & queries
+    return rows, cols if keys is None else cols & keys
 
 
 def _keep(x, used):

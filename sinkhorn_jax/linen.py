@@ -92,7 +92,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     Flax's own layer with `attention_fn=attention_fn(10)` keeps its name by itself.
 
     A causal mask is an error where its values are known. One that is made under `jit`,
-    or is an argument of it, passes in silence: see `sinkhorn_attention`.
+    or is an argument of it, passes in silence unless `traced_checks` are on.
     `attention_fn` cannot be set, and `decode=True` is refused at the call, because the
     plan of a single query is uniform. `inputs_kv`, which Flax deprecates, is left out.
 

@@ -56,8 +56,8 @@ def attention_fn(
         ValueError: As for `sinkhorn_attention`. At the call also for `is_causal`, a
             causal mask, and a mask with a single query, as in decoding, whose plan is
             uniform whatever the logits. A causal mask is recognised where its values
-            are known. One that is made under `jit`, or is an argument of it, cannot be
-            examined: it passes in silence, and later tokens leak into earlier ones.
+            are known. One that is made under `jit`, or is an argument of it, passes in
+            silence, and later tokens leak into earlier ones; `traced_checks` finds it.
     """
     return _AttentionFn(PlanOptions(num_iters, scale, finish, gradient, implementation))
 

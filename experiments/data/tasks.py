@@ -29,7 +29,7 @@ VALIDATION_FRACTION = 0.1
 
 def check_name(task: str) -> None:
     """Raises a ValueError unless it is a key of `TASKS` or begins with "tfds:"."""
-    if task not in TASKS and not task.startswith("tfds:"):
+    if task not in TASKS and not (task.startswith("tfds:") and task != "tfds:"):
         raise ValueError(
             f"There is no task {task!r}; give one of {list(TASKS)} or tfds:<name>."
         )

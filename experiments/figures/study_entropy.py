@@ -9,21 +9,26 @@ from . import style
 
 
 @style.styled
-def draw(result: dict[str, Any]) -> plt.Figure:
-    """Returns the figure of the networks on text with pre-LayerNorm and skips."""
+def draw(result: dict[str, Any], *, is_text: bool) -> plt.Figure:
+    """Returns the figure of networks with pre-LayerNorm and skip connections.
+
+    Those on text or those on images; without any it is empty.
+    """
     cells = [
         cell
         for cell in result["curves"]
-        if (cell["task"], cell["layer_norm"]) == ("imdb", "pre")
+        if (cell["task"] == "imdb") == is_text
+        and cell["layer_norm"] == "pre"
         and cell["has_skip"]
         and cell["pooling"] == "class_token"
     ]
     rates = sorted({cell["learning_rate"] for cell in cells})
-    size = (3.4 * len(rates) + 0.4, 5.6)
+    num_columns = max(1, len(rates))
+    size = (3.4 * num_columns + 0.4, 5.6)
     figure, axes = plt.subplots(
-        2, len(rates), figsize=size, sharey="row", squeeze=False
+        2, num_columns, figsize=size, sharey="row", squeeze=False
     )
-    for rate, above, below in zip(rates, *axes, strict=True):
+    for rate, above, below in zip(rates, *axes, strict=False):
         for cell in cells:
             if cell["learning_rate"] == rate:
                 _draw_cell(above, below, cell)

@@ -19,6 +19,7 @@ own.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from types import MappingProxyType
@@ -196,7 +197,8 @@ def run(config: Config) -> dict[str, Any] | None:
         measured["pure"] = {name: significant(each) for name, each in pure.items()}
         measured["linear_accuracy"] = linear_accuracy(load_data(config.text))
         others = {
-            "entropy": study_entropy.draw,
+            "entropy": functools.partial(study_entropy.draw, is_text=True),
+            "entropy_images": functools.partial(study_entropy.draw, is_text=False),
             "seeds": study_seeds.draw,
             "paths": study_paths.draw,
             "courses": study_courses.draw,

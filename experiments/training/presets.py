@@ -74,7 +74,7 @@ class Config:
         names += ("num_steps", "patience", "eval_every", "checkpoint_every")
         given = (name for name in names if getattr(self, name) is not None)
         require_at_least(self, 1, *given)
-        require_at_least(self, 0, "num_iters", "num_measured")
+        require_at_least(self, 0, "num_iters", "num_measured", "seed", "data_seed")
         require_positive(self, "learning_rate", "num_epochs", "max_grad_norm")
         for name in ("dropout_rate", "warmup_fraction"):
             if not 0 <= (value := getattr(self, name)) < 1:

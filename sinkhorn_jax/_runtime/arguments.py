@@ -6,11 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import checkify
 from jaxtyping import Array
 
 # Of an array that an accelerator holds, to look for a wrong argument: a mask of
 # 4096 x 4096 tokens.
 MAX_FETCHED_BYTES: Final = 2**24
+
+# Whether values that are not known while a function is traced are checked as well, with
+# `traced_checks(True)` around `jax.experimental.checkify.checkify`. By default they
+# are not: JAX calls a program with such checks more slowly and does not serialise it.
+traced_checks = jax.make_user_context(default_value=False)
+
+
+def check_traced(is_right: Array, message: str, **values: Any) -> None:
+    """A check that `checkify` reports, with `values` in the message."""
+    checkify.check(is_right, message, **values)
 
 
 def as_array(name: str, x: Any) -> Array:

@@ -146,8 +146,8 @@ def sinkhorn_attention(
             nor of a mask made there: it then passes in silence, the plan goes towards
             the identity, and until it is there later tokens leak into earlier ones
             through the column sums. Make the mask with NumPy, or outside, to have it
-            checked, or use `jax.experimental.checkify`, which reports this, lengths out
-            of range, and a causal bias.
+            checked, or use `traced_checks`, which finds this, lengths out of range, and
+            a causal bias.
         num_iters: Column-then-row normalisations, a Python integer. Time is linear in
             it.
         scale: Multiplies $QK^\top$; the inverse temperature. Default $1/\sqrt{H}$. Each

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import number
 from .._runtime.arguments import (
     are_known,
     as_array,
+    check_traced,
     known_values,
     refuse_no_number,
+    traced_checks,
 )
 
 CAUSAL: Final = (
@@ -199,16 +200,19 @@ def valid_tokens(
                 f"{name} must be between 0 and the {length} tokens that there are, "
                 f"got {wrong[0]}. Crop the lengths, or check what they belong to."
             )
-    # In int32, because the lengths' own dtype may be too narrow for the positions.
-    lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
-    if isinstance(lengths, Tracer) and are_known(length):
-        checkify.debug_check(
+    # The lengths' own dtype may be too narrow for the positions.
+    if lengths.dtype.itemsize < 4:
+        lengths = lengths.astype(jnp.int32)
+    is_unknown = values is None and lengths.size > 0 and are_known(length)
+    if is_unknown and traced_checks.value:
+        check_traced(
             ((lengths >= 0) & (lengths <= length)).all(),
             f"{name} must be between 0 and the {length} tokens that there are, got a "
             "minimum of {low} and a maximum of {high}.",
-            low=lengths.min(initial=length),
-            high=lengths.max(initial=0),
+            low=lengths.min(),
+            high=lengths.max(),
         )
+    lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
     position = jnp.arange(length, dtype=jnp.int32)
     return position[None, :] < lengths[:, None]
 
@@ -219,9 +223,9 @@ def check_pattern(
     """Refuses causal masks, and warns of a bias that is meant to exclude keys alone.
 
     Values that are not known, as those of an argument of `jit` or of a mask that was
-    made under it, are examined under `checkify` alone. It takes bias and mask as the
-    caller gave them, because under `jit` the result of any conversion is not known. The
-    mask has any dtype, and is nonzero where a query may attend.
+    made under it, are examined where `traced_checks` asks for it. It takes bias and
+    mask as the caller gave them, because under `jit` the result of any conversion is
+    not known. The mask has any dtype, and is nonzero where a query may attend.
     """
     if query.ndim < 3 or key.ndim < 3:
         return  # `check_arrays` says what is wrong.
@@ -230,10 +234,10 @@ def check_pattern(
         return
     allows = {"mask": lambda x: x.astype(bool)}
     if bias is not None and jnp.issubdtype(jnp.result_type(bias), jnp.floating):
-        allows["bias"] = lambda x: x > LOW_BIAS
+        allows["bias"] = _is_allowed_by_bias
     given = {"mask": mask, "bias": bias}
     for name, allowed in allows.items():
-        if isinstance(given[name], Tracer):
+        if isinstance(given[name], Tracer) and traced_checks.value:
             _check_traced_not_causal(name, given[name], allowed, t, s)
         elif (values := known_values(given[name])) is not None:
             _check_not_causal(name, values, allowed, t, s)
@@ -257,21 +261,27 @@ def _check_traced_not_causal(name, x, allows, t, s):
     if t == 1 or t != s or x.shape[-2:] != (t, s):
         return
     lower, upper = _triangles(allows(x), t, jnp)
-    checkify.debug_check(
-        lower == upper, CAUSAL.format(f"A causal or reversed causal {name}")
-    )
+    check_traced(lower == upper, CAUSAL.format(f"A causal or reversed causal {name}"))
 
 
 def _triangles(allowed, t, numpy):
     """Whether any entry is allowed below the diagonal, and any above it.
 
-    Both are False where only padding is excluded, which may leave one triangle.
+    Heads and elements in which only padding is excluded are left out: padding may leave
+    one triangle.
     """
-    allowed = allowed.reshape(-1, t, t).any(axis=0)
-    rows, cols = allowed.any(axis=1), allowed.any(axis=0)
-    is_more = (allowed != rows[:, None] & cols[None, :]).any()
-    lower, upper = numpy.tril(allowed, -1).any(), numpy.triu(allowed, 1).any()
-    return is_more & lower, is_more & upper
+    allowed = allowed.reshape(-1, t, t)
+    rows, cols = allowed.any(axis=2), allowed.any(axis=1)
+    is_padding = (allowed == rows[:, :, None] & cols[:, None, :]).all(axis=(1, 2))
+    allowed = (allowed & ~is_padding[:, None, None]).any(axis=0)
+    return numpy.tril(allowed, -1).any(), numpy.triu(allowed, 1).any()
+
+
+def _is_allowed_by_bias(x):
+    """False where a bias is meant to exclude, in any dtype; True for NaN."""
+    limit = max(LOW_BIAS, float(jnp.finfo(x.dtype).min) / 2)
+    numpy: Any = np if isinstance(x, np.ndarray) else jnp
+    return ~(x <= numpy.asarray(limit, x.dtype))
 
 
 def _warn_of_keys_alone(bias, may_have_padded_queries):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -29,65 +30,80 @@ class Summary(NamedTuple):
     attention_entropy: Float[Array, " K"] | None  # Over that of uniform; mean.
     column_defect: Float[Array, " K"] | None  # Mean.
     path_residual: Float[Array, " K"] | None  # Median; None unless T = S.
-    fewest_tokens: Int[Array, ""]  # That count, in any element of the batch.
+    fewest_tokens: Int[Array, ""]  # The smallest number that counts in one element.
+    floor: Float[Array, ""]  # A relative residual below this is rounding.
 
     def warnings(self) -> list[str]:
-        """What the numbers do not say, one sentence each; not under `jit`."""
-        found = []
+        """What the numbers do not say, one sentence each; not under `jit` or `vmap`."""
+        return list(self._warnings())
+
+    def _warnings(self):
         if self.fewest_tokens < 2:
-            found.append(
+            yield (
                 "An element of the batch has fewer than two tokens that count: its "
                 "residual is 0 and its rank 1, whatever the network does."
             )
         residual = np.asarray(self.relative_residual)
-        floor = 4 * float(jnp.finfo(residual.dtype).eps)
-        if (lost := residual < floor).any():
-            found.append(
+        if np.isnan(residual).any():
+            yield f"Tokens are not finite in layer {_which(np.isnan(residual))}."
+        floor = float(self.floor)
+        if self.fewest_tokens > 1 and (lost := residual < floor).any():
+            yield (
                 f"The relative residual is rounding in layer {_which(lost)}: at least "
                 f"{-math.log10(floor):.1f} decades are lost there, and more is not "
                 "known."
             )
-        if self.attention_entropy is not None:
-            is_uniform = np.asarray(self.attention_entropy) > UNIFORM
-            if is_uniform.any():
-                found.append(
-                    f"Attention is uniform to within {1 - UNIFORM:.0%} in layer "
-                    f"{_which(is_uniform)}: there softmax and Sinkhorn are nearly the "
-                    "same."
-                )
-        if self.path_residual is not None and self.column_defect is not None:
-            if self.column_defect[-1] < EXACT:
-                found.append(
-                    "The columns of the last plan have equal sums, so a mean over "
-                    "tokens behind it does not see how it moved them. Read a class "
-                    "token or the maximum instead."
-                )
-        return found
+        if self.attention_entropy is None or self.column_defect is None:
+            return
+        entropy = np.asarray(self.attention_entropy)
+        if (entropy > 1.001).any():
+            yield (
+                f"Attention in layer {_which(entropy > 1.001)} has more entropy than "
+                "uniform attention to the tokens that count: the others get weight."
+            )
+        if (is_uniform := (entropy > UNIFORM) & (entropy <= 1.001)).any():
+            yield (
+                f"Attention has within {1 - UNIFORM:.0%} the entropy of uniform "
+                f"attention in layer {_which(is_uniform)}: there every token reads "
+                "nearly the mean of all, whatever the normaliser."
+            )
+        if self.path_residual is not None and self.column_defect[-1] < EXACT:
+            yield (
+                "The columns of the last plan have equal sums, so a mean over tokens "
+                "right behind that attention does not see how it moved them. Read a "
+                "class token or the maximum, or the mean behind an MLP."
+            )
 
     def table(self) -> str:
-        """A line for each layer, and the warnings below; not under `jit`.
+        """A line for each layer, and the warnings below; not under `jit` or `vmap`.
 
         Tokens and plans are numbered each from 0: with the embedding as the first
         layer of tokens, plan k makes tokens k + 1.
         """
-        columns = {
-            "tokens: residual": self.relative_residual,
+        of_tokens = {
+            "relative residual": self.relative_residual,
             "stable rank": self.stable_rank,
             "effective rank": self.effective_rank,
-            "plans: entropy": self.attention_entropy,
+        }
+        of_plans = {
+            "entropy, 1 is uniform": self.attention_entropy,
             "column defect": self.column_defect,
             "path residual": self.path_residual,
         }
-        given = {k: np.asarray(x) for k, x in columns.items() if x is not None}
-        depth = max(len(x) for x in given.values())
-        lines = ["  ".join(["layer", *given])]
-        for layer in range(depth):
-            cells = [f"{layer:5}"]
-            for name, values in given.items():
-                text = f"{values[layer]:.3g}" if layer < len(values) else ""
-                cells.append(text.rjust(len(name)))
-            lines.append("  ".join(cells))
-        return "\n".join([*lines, *self.warnings()])
+        blocks = [_block("tokens", of_tokens)]
+        if self.attention_entropy is not None:
+            blocks.append(_block("plans", of_plans))
+        blocks += (textwrap.fill(each, 80) for each in self._warnings())
+        return "\n\n".join(blocks)
+
+
+def _block(title, columns):
+    given = {k: np.asarray(x) for k, x in columns.items() if x is not None}
+    lines = ["  ".join([title.ljust(6), *given])]
+    for layer, values in enumerate(zip(*given.values(), strict=True)):
+        cells = (f"{x:.3g}".rjust(len(k)) for k, x in zip(given, values, strict=True))
+        lines.append("  ".join([f"{layer:6}", *cells]))
+    return "\n".join(lines)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -121,49 +137,70 @@ def summarize(
     Raises:
         TypeError, ValueError: As in `measures_over_depth`.
     """
+    hidden_states = as_layers("hidden_states", hidden_states)
+    if 0 in hidden_states.shape:
+        raise ValueError(
+            "hidden_states must have a layer, an element and a token at least, got "
+            f"shape {hidden_states.shape}: of nothing there is no median."
+        )
+    *batch, t, _ = hidden_states.shape[1:]
+    where = None if where is None else jnp.asarray(where)
+    if plans is not None:
+        plans = _over_batch(as_layers("plans", plans), batch, t)
     measures = measures_over_depth(hidden_states, plans, where, dtype=dtype)
     by_layer = lambda x: jnp.median(x.reshape(x.shape[0], -1), axis=1)
-    hidden_states = as_layers("hidden_states", hidden_states)
-    counts = jnp.int32(hidden_states.shape[-2])
-    if where is not None:
-        counts = where.sum(axis=-1, dtype=jnp.int32)
+    kind = measures.stable_rank.dtype
+    eps = max(float(jnp.finfo(x).eps) for x in (kind, hidden_states.dtype))
+    rows = jnp.ones((*batch, t), bool)
+    rows = rows if where is None else jnp.broadcast_to(where, rows.shape)
     of_tokens = (
         by_layer(measures.relative_residual["fro"]),
         by_layer(measures.stable_rank),
         by_layer(measures.effective_rank),
     )
+    about = rows.sum(axis=-1, dtype=jnp.int32).min(), jnp.asarray(4 * eps, kind)
     if plans is None:
-        return Summary(*of_tokens, None, None, None, counts.min())
-    plans = as_layers("plans", plans)
-    batch = hidden_states.shape[1:-2]
-    t, s = plans.shape[-2:]
-    rows = jnp.ones((*batch, t), bool)
-    rows = rows if where is None else jnp.broadcast_to(where, rows.shape)
+        return Summary(*of_tokens, None, None, None, *about)
+    s = plans.shape[-1]
     cols = rows if t == s else jnp.ones((*batch, s), bool)
     share = functools.partial(_entropy_share, cols=cols)
     entropy = jax.vmap(share)(measures.attention_entropy)
-    kind = measures.stable_rank.dtype
 
-    def over_heads(plan):
-        """The mean plan [*B, T, S] of the heads, 0 where a row does not count."""
-        plan = plan.astype(kind).reshape(*batch, -1, t, s).mean(axis=-3)
-        return jnp.where(rows[..., None], plan, 0)
+    def by_head(plan):
+        plan = plan.astype(kind).reshape(*batch, -1, t, s)
+        return jnp.where(rows[..., None, :, None], plan, 0)
 
     def defect(plan):
-        heads = plan.astype(kind).reshape(*batch, -1, t, s)
-        return _column_defect(heads, rows[..., None, :], cols[..., None, :]).mean()
+        return _column_defect(by_head(plan), rows, cols).mean()
 
     defects = lax.map(defect, plans)
     if t != s:
-        return Summary(*of_tokens, entropy, defects, None, counts.min())
+        return Summary(*of_tokens, entropy, defects, None, *about)
 
     def longer(product, plan):
-        product = over_heads(plan) @ product
+        mean = jnp.where(cols[..., None, :], by_head(plan).mean(axis=-3), 0)
+        product = mean @ product
         return product, jnp.median(relative_residual(product, "fro", rows))
 
     start = jnp.broadcast_to(jnp.eye(t, dtype=kind), (*batch, t, t))
     _, path = lax.scan(longer, start, plans)
-    return Summary(*of_tokens, entropy, defects, path, counts.min())
+    return Summary(*of_tokens, entropy, defects, path, *about)
+
+
+def _over_batch(plans, batch, t):
+    """The plans (K, *batch, heads..., T, S), broadcast where a batch axis is 1."""
+    own = plans.shape[1 : 1 + len(batch)]
+    fits = len(own) == len(batch) and all(
+        n in (1, size) for n, size in zip(own, batch, strict=True)
+    )
+    if plans.ndim < 3 + len(batch) or plans.shape[-2] != t or not fits:
+        raise ValueError(
+            f"plans must be (depth, *batch, heads, T, S) with the batch {tuple(batch)} "
+            f"and T = {t} of the hidden states, with or without axes of heads, got "
+            f"shape {plans.shape}."
+        )
+    rest = plans.shape[1 + len(batch) :]
+    return jnp.broadcast_to(plans, (plans.shape[0], *batch, *rest))
 
 
 def _which(layers):
@@ -179,7 +216,8 @@ def _entropy_share(entropy, *, cols):
 
 
 def _column_defect(plan, rows, cols):
-    sums = jnp.where(rows[..., None], plan, 0).sum(axis=-2)
+    """Of plans [*B, heads, T, S] with zeros in the rows that do not count."""
+    sums, rows, cols = plan.sum(axis=-2), rows[..., None, :], cols[..., None, :]
     num_rows, num_cols = (
         jnp.maximum(x.sum(axis=-1), 1).astype(plan.dtype) for x in (rows, cols)
     )

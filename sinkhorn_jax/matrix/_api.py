@@ -71,7 +71,7 @@ def sinkhorn(
             sums. Default: uniform, which is T / S without padding or row marginal.
             Marginals are checked where their values are concrete, under `jit` and
             `vmap` too; elsewhere signs and totals are preconditions, which
-            `jax.experimental.checkify` examines. Where only the
+            `traced_checks` examines. Where only the
             logits are traced, their entries count as allowed: give what they exclude
             by -inf a marginal of 0, or name it in `where`.
         where: True for allowed entries; boolean, broadcasts to the logits.
@@ -101,8 +101,7 @@ def sinkhorn(
         No plan has marginals of different totals. Where their values are not known, as
         those of arguments of `jit`, they pass in silence: the rows sum to theirs, the
         columns do not approach theirs, and the marginal error of `sinkhorn_potentials`
-        does not fall below the relative difference. `jax.experimental.checkify` reports
-        them.
+        does not fall below the relative difference. `traced_checks` finds them.
 
     Raises:
         TypeError: Logits or marginals are not floating, `where` is not boolean,

@@ -1,11 +1,18 @@
-"""What is not known while a function is traced is examined under `checkify`."""
+"""What is not known while a function is traced is examined by `traced_checks`."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from sinkhorn_jax import linen, sinkhorn, sinkhorn_attention, sinkhorn_potentials
+from sinkhorn_jax import (
+    linen,
+    sinkhorn,
+    sinkhorn_attention,
+    sinkhorn_potentials,
+    traced_checks,
+)
 
 LOGITS = jax.random.normal(jax.random.key(0), (3, 5, 4))
 TOKENS = jax.random.normal(jax.random.key(1), (2, 8, 2, 4), jnp.float32)
@@ -14,7 +21,8 @@ CAUSAL = jnp.tril(jnp.ones((8, 8), bool))
 
 def found(function, *args):
     """The error that `checkify` reports for the compiled function, or None."""
-    error, _ = checkify.checkify(jax.jit(function))(*args)
+    with traced_checks(True):
+        error, _ = checkify.checkify(jax.jit(function))(*args)
     return error.get()
 
 
@@ -74,8 +82,41 @@ def test_layers():
     assert "causal" in found(lambda x, m: apply(x, mask=m), tokens, CAUSAL)
 
 
-def test_nothing_is_compiled_without_it():
-    causal = lambda x, mask: sinkhorn_attention(x, x, x, mask=mask)
-    lowered = jax.jit(causal).lower(TOKENS, CAUSAL).as_text()
-    assert "check" not in lowered
-    assert jnp.isfinite(jax.jit(causal)(TOKENS, CAUSAL)).all()
+def test_heads_that_leave_padding_out_do_not_count():
+    with_mask = lambda x, mask: sinkhorn_attention(x, x, x, mask=mask)
+    first = (np.arange(8) >= 3)[:, None] & (np.arange(8) < 2)
+    opposite = jnp.asarray(np.stack([first, first[::-1, ::-1].T])[:, None])
+    assert found(with_mask, TOKENS, opposite) is None
+    with_mask(TOKENS, opposite)
+    mixed = jnp.stack([CAUSAL, first])[:, None]
+    assert "causal" in found(with_mask, TOKENS, mixed)
+    with pytest.raises(ValueError, match="causal"):
+        with_mask(TOKENS, mixed)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("low", [-1e4, -np.inf])
+def test_causal_biases_of_any_dtype(dtype, low):
+    with_bias = lambda x, bias: sinkhorn_attention(x, x, x, bias=bias)
+    bias = jnp.where(CAUSAL, 0, low).astype(dtype)
+    assert "causal" in found(with_bias, TOKENS, bias)
+    with pytest.raises(ValueError, match="causal"):
+        with_bias(TOKENS, bias)
+    junk = jnp.where(CAUSAL, 0, jnp.nan).astype(dtype)
+    assert found(with_bias, TOKENS, junk) is None
+
+
+def test_programs_have_no_checks_otherwise():
+    lengths, valid = jnp.array([8, 9]), jnp.ones((8, 8), bool)
+    attend = lambda x, n, mask: sinkhorn_attention(
+        x, x, x, mask=mask, key_value_seq_lengths=n
+    )
+    plan = lambda x: sinkhorn(
+        x, row_marginal=jnp.full(5, 0.8), col_marginal=jnp.ones(4)
+    )
+    for function, args in ((attend, (TOKENS, lengths, valid)), (plan, (LOGITS,))):
+        assert not jax.make_jaxpr(function)(*args).effects
+        with traced_checks(True):
+            assert jax.make_jaxpr(function)(*args).effects
+    causal = jax.jit(lambda x, mask: sinkhorn_attention(x, x, x, mask=mask))
+    assert jnp.isfinite(causal(TOKENS, CAUSAL)).all()

@@ -48,9 +48,8 @@ def test_the_report_depends_on_the_size_and_reads_well(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int32"], "query must be floating, got int32"),
-        (["--dtype", "float33"], "float33"),
-        (["--tokens", "0"], "must not be empty"),
+        (["--dtype", "int32"], "choose from"),
+        (["--tokens", "0"], "must be at least 1, got 0"),
         (["--num-iters", "-1"], "negative"),
     ],
 )

@@ -113,8 +113,8 @@ def test_from_options_to_files(computed, config, capsys):
     printed = capsys.readouterr().out
     for each in result["findings"]:
         assert f"{each['verdict']}: {each['claim']}\n    {each['text']}" in printed
-    for name in ("primary", "primary_entropy", "primary_seeds", "primary_paths"):
-        check_figure(config.output / f"{name}.png", 400)
+    for name in ("", "_entropy", "_entropy_images", "_seeds", "_paths"):
+        check_figure(config.output / f"primary{name}.png", 400)
 
 
 def test_pure_attention_triples_the_logarithm():

@@ -52,7 +52,31 @@ def test_agrees_with_a_loop_over_the_cropped_elements():
     close(found.path_residual, np.median(path, 1))
     assert found.fewest_tokens == 3
     assert not found.warnings()
-    assert len(found.table().splitlines()) == L + 2
+    assert len(found.table().splitlines()) == (L + 2) + 1 + (L + 1)
+    assert max(map(len, found.table().splitlines())) <= 80
+
+
+def test_weight_of_padding_counts_nowhere():
+    tokens, plans, where = network()
+    rng = np.random.default_rng(3)
+    junk = np.where(where[:, None, None, :], plans, rng.uniform(size=plans.shape))
+    expected, found = (collapse.summarize(tokens, p, where) for p in (plans, junk))
+    np.testing.assert_allclose(found.path_residual, expected.path_residual, rtol=1e-12)
+    np.testing.assert_allclose(found.column_defect, expected.column_defect, rtol=1e-12)
+
+
+def test_batch_axes_of_plans_may_be_1():
+    tokens, plans, where = network()
+    alike = np.broadcast_to(plans[:, :1], plans.shape)
+    for given in (where, None):
+        found = collapse.summarize(tokens, plans[:, :1], given)
+        expected = collapse.summarize(tokens, alike, given)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for wrong in (plans[:, :2], plans[:, 0, 0]):
+        with pytest.raises(ValueError, match=r"plans must be \(depth, \*batch"):
+            collapse.summarize(tokens, wrong)
+    with pytest.raises(ValueError, match="a layer, an element and a token"):
+        collapse.summarize(tokens[:, :0])
 
 
 def test_plans_that_are_not_square():
@@ -79,6 +103,10 @@ def test_transforms():
     assert jnp.isfinite(slope).all()
     low = collapse.summarize(tokens.astype("bfloat16"), dtype="float64")
     assert low.relative_residual.dtype == jnp.float64
+    # What the dtype of the input rounds is no measurement.
+    equal = jnp.ones_like(tokens) + 1e-3 * tokens
+    low = collapse.summarize(equal.astype("bfloat16"), dtype="float64")
+    assert "rounding in layer 0" in low.warnings()[0]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +115,11 @@ def test_transforms():
         ({"tokens": lambda x: 1e-8 * x + 1}, "rounding in layer 0, 1, 2, 3: at least"),
         (
             {"plans": lambda p: 0.05 * p + 0.95 / T},
-            "uniform to within 1% in layer 0",
+            "the entropy of uniform attention in layer 0",
         ),
         (
             {"plans": lambda p: sinkhorn(jnp.log(p), 500)},
-            "a mean over tokens behind it",
+            "so a mean over tokens right behind that attention",
         ),
     ],
 )
