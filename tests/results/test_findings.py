@@ -10,7 +10,7 @@ import pytest
 from experiments.questions import study
 from experiments.registry import QUESTIONS
 from experiments.report import report
-from experiments.study import more, plan, rows
+from experiments.study import escape, more, plan, rows
 from experiments.study.store import Store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,13 +48,19 @@ def test_the_page_of_results_is_the_report(tmp_path, monkeypatch):
     )
 
 
+def follow_up():
+    config = study.PRESETS["escape"]
+    return escape.contrast(config.text, config.no_skip_rates)
+
+
 CELLS = sorted((ROOT / "experiments" / "results" / "study" / "cells").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
 def test_cells_are_of_the_plan_and_whole(path):
     cells = {cell.name: cell for cell in plan.cells_of(plan.primary())}
-    cells |= {c.name: c for c in plan.cells_of(more.secondary(plan.TEXT, plan.IMAGES))}
+    contrasts = [*more.secondary(plan.TEXT, plan.IMAGES), follow_up()]
+    cells |= {c.name: c for c in plan.cells_of(contrasts)}
     cell = cells[path.stem]
     result = Store(path.parent).get(cell)
     assert result is not None, "Its setting is not that of the plan."
