@@ -341,6 +341,41 @@ def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
         chex.assert_trees_all_equal(gradients(junk), expected)
 
 
+@frameworks
+@pytest.mark.parametrize("kind", ["leading axes", "mask and lengths"])
+def test_junk_that_mask_and_lengths_exclude_together(framework, kind):
+    """A key is excluded if the lengths exclude every query that may attend to it."""
+    lengths = {}
+    if kind == "leading axes":
+        inputs, rows, cols = [tokens()[0]], np.arange(T) < 4, np.arange(T) < 4
+        mask = (rows[:, None] & cols)[None, None, None]
+    else:
+        inputs, rows, cols = (
+            [tokens(), tokens(1, S)],
+            np.arange(T) < 3,
+            np.arange(S) < 2,
+        )
+        mask = np.where(rows[:, None], cols, ~cols)[None, None]
+        lengths = {"query_seq_lengths": jnp.full(3, 3)}
+    used = (rows, cols)[: len(inputs)]
+
+    def gradients(junk):
+        given = [
+            jnp.where(keep[:, None], x, junk).astype(x.dtype)
+            for x, keep in zip(inputs, used, strict=True)
+        ]
+
+        def loss(parameters, given):
+            layer = framework(num_iters=NUM_ITERS, parameters=parameters)
+            out = layer(*given, mask=jnp.asarray(mask), **lengths)
+            return (jnp.where(jnp.asarray(rows)[:, None], out, 0) ** 2).sum()
+
+        parameters = framework(num_iters=NUM_ITERS).parameters
+        return jax.value_and_grad(loss, (0, 1))(parameters, given)
+
+    chex.assert_trees_all_equal(gradients(np.nan), gradients(0.0))
+
+
 def test_nnx_options_are_attributes_that_can_be_set():
     class Network(nnx.Module):
         def __init__(self, **options):
