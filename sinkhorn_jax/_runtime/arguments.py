@@ -1,5 +1,6 @@
 """Checks of arguments that the entry points share: arrays, numbers and sizes."""
 
+import contextlib
 from typing import Any, Final
 
 import jax
@@ -13,10 +14,33 @@ from jaxtyping import Array
 # 4096 x 4096 tokens.
 MAX_FETCHED_BYTES: Final = 2**24
 
-# Whether values that are not known while a function is traced are checked as well, with
-# `traced_checks(True)` around `jax.experimental.checkify.checkify`. By default they
-# are not: JAX calls a program with such checks more slowly and does not serialise it.
-traced_checks = jax.make_user_context(default_value=False)
+_has_traced_checks = jax.make_user_context(default_value=False)
+
+
+def traced_checks(*, is_on: bool = True) -> contextlib.AbstractContextManager[None]:
+    """A context in which values that are not known to `jit` are checked as well.
+
+    Those are causal masks and biases, sequence lengths out of range, and marginals that
+    are negative, not finite or of different totals. The checks are compiled into the
+    program, and `jax.experimental.checkify.checkify`, as the outermost transform,
+    returns what they found:
+
+        with traced_checks():
+            error, out = checkify.checkify(jax.jit(f))(x)
+        error.throw()
+
+    Without `checkify` a program with checks is an error of JAX. By default there are
+    none, because they make each call slower and the program impossible to serialise.
+
+    Args:
+        is_on: Whether they are on; False switches them off within another context.
+    """
+    return _has_traced_checks(is_on)
+
+
+def has_traced_checks() -> bool:
+    """Whether `traced_checks` are on."""
+    return _has_traced_checks.value
 
 
 def check_traced(is_right: Array, message: str, **values: Any) -> None:

@@ -15,9 +15,9 @@ from .._runtime.arguments import (
     are_known,
     as_array,
     check_traced,
+    has_traced_checks,
     known_values,
     refuse_no_number,
-    traced_checks,
 )
 
 CAUSAL: Final = (
@@ -204,7 +204,7 @@ def valid_tokens(
     if lengths.dtype.itemsize < 4:
         lengths = lengths.astype(jnp.int32)
     is_unknown = values is None and lengths.size > 0 and are_known(length)
-    if is_unknown and traced_checks.value:
+    if is_unknown and has_traced_checks():
         check_traced(
             ((lengths >= 0) & (lengths <= length)).all(),
             f"{name} must be between 0 and the {length} tokens that there are, got a "
@@ -237,7 +237,7 @@ def check_pattern(
         allows["bias"] = _is_allowed_by_bias
     given = {"mask": mask, "bias": bias}
     for name, allowed in allows.items():
-        if isinstance(given[name], Tracer) and traced_checks.value:
+        if isinstance(given[name], Tracer) and has_traced_checks():
             _check_traced_not_causal(name, given[name], allowed, t, s)
         elif (values := known_values(given[name])) is not None:
             _check_not_causal(name, values, allowed, t, s)

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from .._core.options import Options
 from .._core.precision import accum_dtype, in_range
-from .._runtime.arguments import check_traced, traced_checks
+from .._runtime.arguments import check_traced, has_traced_checks
 from ._problem import Matrices, Problem
 
 # Marginals whose totals differ by more than this, relatively, are an error; a smaller
@@ -48,7 +48,7 @@ def validated(
     if b is None:
         b = _uniform(cols, a)
     has_marginals = row_marginal is not None or col_marginal is not None
-    if has_marginals and traced_checks.value and 0 not in a.shape:
+    if has_marginals and has_traced_checks() and 0 not in a.shape:
         _check_traced(a, b, given)
     num, t, s = problem.batch, problem.t, problem.s
     flat = logits.reshape(num, t, s), a.reshape(num, t), b.reshape(num, s)

@@ -21,7 +21,7 @@ CAUSAL = jnp.tril(jnp.ones((8, 8), bool))
 
 def found(function, *args):
     """The error that `checkify` reports for the compiled function, or None."""
-    with traced_checks(True):
+    with traced_checks():
         error, _ = checkify.checkify(jax.jit(function))(*args)
     return error.get()
 
@@ -116,7 +116,7 @@ def test_programs_have_no_checks_otherwise():
     )
     for function, args in ((attend, (TOKENS, lengths, valid)), (plan, (LOGITS,))):
         assert not jax.make_jaxpr(function)(*args).effects
-        with traced_checks(True):
+        with traced_checks():
             assert jax.make_jaxpr(function)(*args).effects
     causal = jax.jit(lambda x, mask: sinkhorn_attention(x, x, x, mask=mask))
     assert jnp.isfinite(causal(TOKENS, CAUSAL)).all()
