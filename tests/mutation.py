@@ -1,8 +1,8 @@
 """Which changes of the code do the tests notice? `make mutation`.
 
-Changes the code in one place at a time (`jnp.maximum` stays, `<` becomes `<=`) and runs
-the tests of its part, with cosmic-ray. All places would take days, so a random sample
-is drawn for each part. It goes on where it was stopped, in two processes, each with a
+Changes the code in one place at a time, such as `<` to `<=`, and runs the tests of its
+part, with cosmic-ray. All places would take days, so a random sample is drawn for each
+part. It goes on where it was stopped, in two processes, each with a
 copy of the tracked files in runs/mutation. When all are done, or with `--summary`,
 writes tests/mutation.json: the score, and each change that no test noticed.
 """
