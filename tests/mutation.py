@@ -79,9 +79,9 @@ def main():
     if not options.summary:
         for name in options.parts:
             _run(name, options.sample, options.seed)
-    (ROOT / "tests" / "mutation.json").write_text(
-        json.dumps(_summary(), indent=1) + "\n"
-    )
+    summary = _summary(options.sample, options.seed)
+    path = ROOT / "tests" / "mutation.json"
+    path.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _run(name, sample, seed):
@@ -90,7 +90,8 @@ def _run(name, sample, seed):
     for process in range(NUM_PROCESSES):
         folder = WORK / str(process)
         _copy(folder)
-        config, session = folder / f"{name}.toml", WORK / f"{name}-{process}.sqlite"
+        config = folder / f"{name}.toml"
+        session = WORK / f"{name}-{sample}-{seed}-{process}.sqlite"
         config.write_text(_config(PARTS[name]))
         if not session.exists():
             _tool(folder, "init", config, session)
@@ -176,7 +177,7 @@ def _annotations(path):
     ]
 
 
-def _summary():
+def _summary(sample, seed):
     """How many changes were noticed in each part, and those that were not."""
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import WorkerOutcome
@@ -184,7 +185,7 @@ def _summary():
     parts, survivors = {}, []
     for name in PARTS:
         killed = total = 0
-        for session in sorted(WORK.glob(f"{name}-*.sqlite")):
+        for session in sorted(WORK.glob(f"{name}-{sample}-{seed}-*.sqlite")):
             with use_db(session, WorkDB.Mode.open) as db:
                 results = dict(db.results)
                 for item in db.work_items:

@@ -178,6 +178,23 @@ def test_effective_rank_gradient_with_repeated_and_zero_singular_values():
     check_grads(jax.jit(collapse.effective_rank), (x,), 1, ("fwd", "rev"), tol, tol)
 
 
+def test_effective_rank_gradient_leaves_out_what_matrix_rank_counts_as_0():
+    u, v = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 64, 64))).Q
+    floor = 64 * np.finfo(np.float64).eps  # Relative to the largest singular value.
+    for size, is_left_out in ((0.2, True), (20.0, False)):
+        s = np.zeros(64)
+        s[:2] = 1.0, size * floor
+        slope = np.asarray(jax.grad(collapse.effective_rank)(jnp.asarray(u * s @ v.T)))
+        assert np.linalg.matrix_rank(u * s @ v.T) == (1 if is_left_out else 2)
+        assert (abs(u[:, 1] @ slope @ v[:, 1]) < 1) == is_left_out
+
+
+def test_an_empty_batch_has_no_measures():
+    for measure in (collapse.relative_residual, collapse.stable_rank):
+        assert measure(jnp.zeros((0, 3, 2))).shape == (0,)
+    assert collapse.attention_entropy(jnp.ones((2, 0, 3, 3))).shape == (2, 0)
+
+
 def test_derivatives_are_finite_where_there_is_none():
     zeros = jnp.zeros((5, 4), "float32")
     equal = jnp.broadcast_to(jnp.array([0.1, 0.7, 0.0, 1.3], "float32"), (5, 4))
