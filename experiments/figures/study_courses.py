@@ -10,7 +10,7 @@ from . import style
 
 # What is drawn of the course in training, one row each, with its label.
 ROWS: Final = {
-    "middle_residual": "relative residual,\nmiddle of the network",
+    "middle_residual": "relative residual after\nhalf of the layers",
     "residual": "relative residual,\ninput of the last layer",
     "first_gradient": "gradient of the\nfirst attention",
 }
@@ -44,7 +44,8 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         for name, drawn in style.NORMALISERS.items()
     ]
     names.append(style.line("at chance", **LOOKS[False]))
-    style.legend(figure, "One line a seed", *names)
+    figure.suptitle("Text, pre-LayerNorm, no skip connections")
+    style.legend(figure, "One line a seed; grey: rounding", *names)
     return figure
 
 

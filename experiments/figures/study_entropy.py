@@ -36,7 +36,9 @@ def draw(result: dict[str, Any], *, is_text: bool) -> plt.Figure:
         below.set_xlabel("updates")
         style.number_layers(above)
     axes[0, 0].set_ylabel("entropy, 1 is uniform")
-    axes[1, 0].set_ylabel("entropy, mean over layers")
+    axes[1, 0].set_ylabel("entropy in training,\nmean over layers")
+    task = "Text" if is_text else "Images"
+    figure.suptitle(f"{task}, pre-LayerNorm, skip connections, class token")
     style.legend_of_phases(figure, "One thin line a seed, the thick line is the median")
     return figure
 

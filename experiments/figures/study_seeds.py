@@ -7,24 +7,24 @@ import numpy as np
 
 from . import style
 
-# The designs on text, one column each.
+# The designs with skip connections, one column each: their title, and what their cells
+# have.
 COLUMNS: Final = (
-    ("class token", {"layer_norm": "pre", "has_skip": True, "pooling": "class_token"}),
-    ("mean over tokens", {"layer_norm": "pre", "has_skip": True, "pooling": "mean"}),
-    (
-        "class token, post-LayerNorm",
-        {"layer_norm": "post", "has_skip": True, "pooling": "class_token"},
-    ),
+    ("text, class token", ("imdb", "pre", "class_token")),
+    ("text, mean over tokens", ("imdb", "pre", "mean")),
+    ("text, class token, post-LayerNorm", ("imdb", "post", "class_token")),
+    ("images, class token", ("fashion_mnist", "pre", "class_token")),
 )
+DESIGN: Final = ("task", "layer_norm", "pooling")
 
 
 @style.styled
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """Returns the figure of the networks on text with skip connections."""
-    cells = [cell for cell in result["curves"] if cell["task"] == "imdb"]
+    """Returns the figure of the networks with skip connections."""
+    cells = [cell for cell in result["curves"] if cell["has_skip"]]
     columns = []
     for title, design in COLUMNS:
-        found = [c for c in cells if all(c[k] == v for k, v in design.items())]
+        found = [c for c in cells if tuple(c[name] for name in DESIGN) == design]
         if found:
             columns.append((title, found))
     figure, axes = plt.subplots(
@@ -36,7 +36,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
         above.set(title=title, yscale="log", xlabel="rate")
         below.set(yscale="log", xlabel="updates")
     axes[0, 0].set_ylabel("relative residual,\ninput of the last layer")
-    axes[1, 0].set_ylabel("the same in training,\nlargest rate")
+    axes[1, 0].set_ylabel("the same in training")
     names = (style.line(n, **drawn) for n, drawn in style.NORMALISERS.items())
     style.legend(figure, "One dot or line a seed; lines above join equal seeds", *names)
     return figure
@@ -60,7 +60,12 @@ def _draw_ends(axis, cells):
 
 
 def _draw_course(axis, cells):
-    largest = max(cell["learning_rate"] for cell in cells)
+    # The largest rate at which both normalisers learn, if there is one.
+    failed = {cell["learning_rate"] for cell in cells if cell["untested"]}
+    rates = {cell["learning_rate"] for cell in cells}
+    largest = max(rates - failed or rates)
+    at = {"transform": axis.transAxes, "va": "bottom", "ha": "right"}
+    axis.text(0.97, 0.04, f"rate {largest:g}", color=style.GREY, **at)
     for cell in cells:
         if cell["learning_rate"] == largest:
             color = style.of_cell(cell)["color"]

@@ -121,9 +121,14 @@ def legend(figure: plt.Figure, title: str, *handles: Any, ncols: int = 3) -> Non
     )
 
 
+def name_of_cell(cell: dict[str, Any]) -> str:
+    """The normaliser of a cell of the study."""
+    return "Sinkhorn" if cell["num_iters"] else "softmax"
+
+
 def of_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """The colour and marker of the normaliser of a cell of the study."""
-    return NORMALISERS["Sinkhorn" if cell["num_iters"] else "softmax"]
+    return NORMALISERS[name_of_cell(cell)]
 
 
 def legend_of_phases(figure: plt.Figure, title: str, *, ncols: int = 4) -> None:
