@@ -58,7 +58,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     style.number_layers(*axes.flat)
     title = (
         "One thin line a seed, the thick line is the median of all; dotted: the layer "
-        "that is tested; grey: rounding"
+        "that is tested; shaded: rounding"
     )
     style.legend_of_phases(figure, title, ncols=4 if len(shown) > 2 else 2)
     return figure

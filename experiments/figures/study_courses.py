@@ -45,7 +45,7 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     ]
     names.append(style.line("at chance", **LOOKS[False]))
     figure.suptitle("Text, pre-LayerNorm, no skip connections")
-    style.legend(figure, "One line a seed; grey: rounding", *names)
+    style.legend(figure, "One line a seed; shaded: rounding", *names)
     return figure
 
 
