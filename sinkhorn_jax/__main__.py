@@ -18,7 +18,7 @@ from .attention._problem import Dropout, Problem
 
 
 def report(problem: Problem) -> dict[str, Any]:
-    """What belongs into a report of a defect.
+    """The versions, devices and implementations that a report of a defect should have.
 
     `implementations` says of each one None if it can run the problem here, else why
     not; `taken` is the one that `implementation=None` takes.

@@ -1,4 +1,4 @@
-"""Which changes of the code do the tests notice? `make mutation`.
+"""Counts the changes of the code that the tests notice: `make mutation`.
 
 Changes the code in one place at a time, such as `<` to `<=`, and runs the tests of its
 part, with cosmic-ray. All places would take days, so a random sample is drawn for each
@@ -163,7 +163,7 @@ def _counts(item, folder):
 
 @functools.cache
 def _annotations(path):
-    """Where the annotations of a module begin and end: they compute nothing."""
+    """The places of a module's annotations, first and last: they compute nothing."""
     nodes = ast.walk(ast.parse(path.read_text()))
     found = [
         getattr(node, name, None)

@@ -79,13 +79,10 @@ class Cell:
         sizes, skip = self.sizes, "skip" if self.has_skip else "no_skip"
         design = (sizes.task, self.layer_norm, skip, self.pooling)
         numbers = f"w{sizes.width}-d{self.depth}-u{sizes.num_steps}"
+        rate, iters = f"rate{self.learning_rate:g}", f"iters{self.num_iters}"
         first = sizes.seeds[0]
-        return "-".join(
-            (
-                *(*design, numbers, f"rate{self.learning_rate:g}"),
-                *(f"iters{self.num_iters}", *([f"seed{first}"] if first else ())),
-            )
-        )
+        seeds = (f"seed{first}",) if first else ()
+        return "-".join((*design, numbers, rate, iters, *seeds))
 
     @property
     def setting(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Of networks without skip connections that learn, which keep rank?
+"""The follow-up: do networks without skip connections that learn keep rank?
 
 The primary cells suggested an answer, which new networks test. docs/protocol.md has the
 claim and the test.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import checkify
 from jaxtyping import Array
 
 # Of an array that an accelerator holds, to look for a wrong argument: a mask of
@@ -41,11 +40,6 @@ def traced_checks(*, is_on: bool = True) -> contextlib.AbstractContextManager[No
 def has_traced_checks() -> bool:
     """Whether `traced_checks` are on."""
     return _has_traced_checks.value
-
-
-def check_traced(is_right: Array, message: str, **values: Any) -> None:
-    """A check that `checkify` reports, with `values` in the message."""
-    checkify.check(is_right, message, **values)
 
 
 def as_array(name: str, x: Any) -> Array:

@@ -65,16 +65,21 @@ def preferred(
 
 def why_not_here(entry: Implementation, problem: Any) -> str | None:
     """Why the implementation cannot run the problem on this machine; None if it can."""
-    backend = jax.default_backend()
-    if entry.device not in (None, backend):
-        return (
-            f"its kernels are for a {str(entry.device).upper()}, and JAX computes on a "
-            f"{backend.upper()}"
-        )
+    if (reason := _other_device(entry)) is not None:
+        return reason
     try:
         return entry.load().why_not(problem)
     except ModuleNotFoundError as error:
         return str(error)
+
+
+def _other_device(entry):
+    """The sentence that its kernels are for another platform; None if they are not."""
+    backend = jax.default_backend()
+    if entry.device in (None, backend):
+        return None
+    device = entry.device.upper()
+    return f"its kernels are for a {device}, and JAX computes on a {backend.upper()}"
 
 
 def check_name(table: Mapping[str, Implementation], name: str | None) -> None:
@@ -130,13 +135,11 @@ def in_terms_of_the_call(
             "implementation='reference', which takes every transform."
         ) from error
     except ValueError as error:
-        device = None if name is None else table[name].device
-        backend = jax.default_backend()
-        if device in (None, backend) or "interpret mode" not in str(error):
+        reason = None if name is None else _other_device(table[name])
+        if reason is None or "interpret mode" not in str(error):
             raise
         raise NotImplementedError(
-            f"implementation={name!r} cannot run here: its kernels are for a "
-            f"{str(device).upper()}, and JAX computes on a {backend.upper()}. Use "
+            f"implementation={name!r} cannot run here: {reason}. Use "
             "implementation=None, which takes one that can. docs/usage.md says how to "
             "lower a kernel without its device."
         ) from error

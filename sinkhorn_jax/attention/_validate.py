@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import number
 from .._runtime.arguments import (
     are_known,
     as_array,
-    check_traced,
     has_traced_checks,
     known_values,
     refuse_no_number,
@@ -205,7 +205,7 @@ def valid_tokens(
         lengths = lengths.astype(jnp.int32)
     is_unknown = values is None and lengths.size > 0 and are_known(length)
     if is_unknown and has_traced_checks():
-        check_traced(
+        checkify.check(
             ((lengths >= 0) & (lengths <= length)).all(),
             f"{name} must be between 0 and the {length} tokens that there are, got a "
             "minimum of {low} and a maximum of {high}.",
@@ -261,7 +261,7 @@ def _check_traced_not_causal(name, x, allows, t, s):
     if t == 1 or t != s or x.shape[-2:] != (t, s):
         return
     lower, upper = _triangles(allows(x), t, jnp)
-    check_traced(lower == upper, CAUSAL.format(f"A causal or reversed causal {name}"))
+    checkify.check(lower == upper, CAUSAL.format(f"A causal or reversed causal {name}"))
 
 
 def _triangles(allowed, t, numpy):

@@ -17,6 +17,8 @@ from ._over_depth import as_layers, measures_over_depth
 
 # Attention with this share of the entropy of uniform attention is taken for uniform.
 UNIFORM: Final = 0.99
+# A share above 1 by more than this is no rounding.
+ROUNDING: Final = 1e-3
 # A column defect below this is taken for none.
 EXACT: Final = 1e-3
 
@@ -34,7 +36,7 @@ class Summary(NamedTuple):
     floor: Float[Array, ""]  # A relative residual below this is rounding.
 
     def warnings(self) -> list[str]:
-        """What the numbers do not say, one sentence each; not under `jit` or `vmap`."""
+        """Sentences on numbers that mean nothing here; not under `jit` or `vmap`."""
         return list(self._warnings())
 
     def _warnings(self):
@@ -56,12 +58,13 @@ class Summary(NamedTuple):
         if self.attention_entropy is None or self.column_defect is None:
             return
         entropy = np.asarray(self.attention_entropy)
-        if (entropy > 1.001).any():
+        is_above = entropy > 1 + ROUNDING
+        if is_above.any():
             yield (
-                f"Attention in layer {_which(entropy > 1.001)} has more entropy than "
+                f"Attention in layer {_which(is_above)} has more entropy than "
                 "uniform attention to the tokens that count: the others get weight."
             )
-        if (is_uniform := (entropy > UNIFORM) & (entropy <= 1.001)).any():
+        if (is_uniform := (entropy > UNIFORM) & ~is_above).any():
             yield (
                 f"Attention has within {1 - UNIFORM:.0%} the entropy of uniform "
                 f"attention in layer {_which(is_uniform)}: there every token reads "
@@ -216,7 +219,7 @@ def _entropy_share(entropy, *, cols):
 
 
 def _column_defect(plan, rows, cols):
-    """Of plans [*B, heads, T, S] with zeros in the rows that do not count."""
+    """The defect [*B, heads] of plans with zeros in the rows that do not count."""
     sums, rows, cols = plan.sum(axis=-2), rows[..., None, :], cols[..., None, :]
     num_rows, num_cols = (
         jnp.maximum(x.sum(axis=-1), 1).astype(plan.dtype) for x in (rows, cols)

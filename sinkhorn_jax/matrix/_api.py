@@ -71,9 +71,9 @@ def sinkhorn(
             sums. Default: uniform, which is T / S without padding or row marginal.
             Marginals are checked where their values are concrete, under `jit` and
             `vmap` too; elsewhere signs and totals are preconditions, which
-            `traced_checks` examines. Where only the
-            logits are traced, their entries count as allowed: give what they exclude
-            by -inf a marginal of 0, or name it in `where`.
+            `traced_checks` examines. Where only the logits are traced, their entries
+            count as allowed: give what they exclude by -inf a marginal of 0, or name it
+            in `where`.
         where: True for allowed entries; boolean, broadcasts to the logits.
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.

@@ -6,10 +6,11 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental import checkify
 
 from .._core.options import Options
 from .._core.precision import accum_dtype, in_range
-from .._runtime.arguments import check_traced, has_traced_checks
+from .._runtime.arguments import has_traced_checks
 from ._problem import Matrices, Problem
 
 # Marginals whose totals differ by more than this, relatively, are an error; a smaller
@@ -154,7 +155,7 @@ def _check_traced(a, b, given):
     if all(x is None or _is_known(x) for x in given):
         return
     for name, x in (("row_marginal", a), ("col_marginal", b)):
-        check_traced(
+        checkify.check(
             ((x >= 0) & jnp.isfinite(x)).all(),
             f"{name} must be positive and finite, or 0 for a row or column to leave "
             "out, got a minimum of {low} and a maximum of {high}.",
@@ -162,7 +163,7 @@ def _check_traced(a, b, given):
             high=x.max(),
         )
     rtol = _totals_rtol(*given[2:])
-    check_traced(
+    checkify.check(
         ~_excess(a, b, rtol).any(),
         "row_marginal and col_marginal must have the same total: no plan has both. "
         "Rescale one of them.",

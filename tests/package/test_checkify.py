@@ -1,4 +1,4 @@
-"""What is not known while a function is traced is examined by `traced_checks`."""
+"""The checks by `traced_checks` of values that `jit` does not know."""
 
 import jax
 import jax.numpy as jnp
