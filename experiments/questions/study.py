@@ -123,7 +123,7 @@ PRESETS: Final = MappingProxyType(
     }
 )
 # The results that are committed.
-REPORT_CONFIGS: Final = (PRESETS["primary"], PRESETS["escape"])
+REPORT_CONFIGS: Final = (PRESETS["primary"], PRESETS["secondary"], PRESETS["escape"])
 
 
 def choose(preset: str | None, task: str | None) -> Config:
