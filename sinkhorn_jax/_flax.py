@@ -4,6 +4,7 @@ This module handles arrays only and does not import Flax.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from ._core.checks import number
 from ._core.gradient import Gradient
+from ._core.marginals import static_tau
 from ._core.options import Finish, Options
 from ._runtime.arguments import as_array, known_values
 from ._runtime.dispatch import check_name
@@ -23,9 +26,14 @@ from .attention._api import (
     prepare,
     without_padding,
 )
-from .attention._problem import Dropout
+from .attention._problem import Dropout, GivenMarginals
 from .attention._reference import explicit_logits
-from .attention._validate import PADDED_QUERIES, check_pattern, static_scale
+from .attention._validate import (
+    PADDED_QUERIES,
+    check_pattern,
+    checked_tolerance,
+    static_scale,
+)
 from .matrix import sinkhorn
 
 SINGLE_QUERY: Final = (
@@ -42,6 +50,9 @@ class LayerMask(NamedTuple):
     key_value_seq_lengths: Integer[Array, "..."] | None = None
     sow_error: Callable[[Array], Any] | None = None
     plan_options: "PlanOptions | None" = None  # Instead of those of the function.
+    query_marginal: Float[Array, "..."] | None = None  # Broadcast to (*batch, N, T).
+    key_marginal: Float[Array, "..."] | None = None
+    column_tau: Float[Array, " N"] | None = None  # Instead of that of the options.
 
     def of_self_attention(self) -> "LayerMask":
         """Mask and lengths for self-attention: queries and keys are the same tokens.
@@ -92,9 +103,12 @@ class PlanOptions:
     finish: Finish
     gradient: Gradient
     implementation: AttentionImplementation | None
+    column_tau: float = 1.0
+    tolerance: float | None = None
 
     def __post_init__(self):
         _ = self.iteration  # Made for its checks.
+        object.__setattr__(self, "column_tau", static_tau(self.column_tau))
         if self.scale is not None:
             object.__setattr__(self, "scale", static_scale(self.scale))
         check_name(IMPLEMENTATIONS, self.implementation)
@@ -102,7 +116,8 @@ class PlanOptions:
     @property
     def iteration(self) -> Options:
         """The options of the iteration."""
-        return Options(self.num_iters, self.finish, self.gradient)
+        tolerance = checked_tolerance(self.tolerance)
+        return Options(self.num_iters, self.finish, self.gradient, tolerance)
 
     def attend(
         self,
@@ -121,7 +136,8 @@ class PlanOptions:
         of that shape, without dropout, made from explicit logits.
         """
         masks = mask if isinstance(mask, LayerMask) else LayerMask(mask)
-        mask, *lengths, sow_error, _ = masks
+        mask, sow_error = masks.mask, masks.sow_error
+        lengths = masks.query_seq_lengths, masks.key_value_seq_lengths
         if mask is not None and not hasattr(mask, "shape"):
             mask = as_array("mask", mask)
         has_query_lengths = lengths[0] is not None
@@ -142,6 +158,7 @@ class PlanOptions:
             (query, key, value, bias, mask),
             (query_seq_lengths, key_value_seq_lengths),
             options=self.iteration,
+            marginals=self._marginals(masks, batch, query.shape[2]),
             dropout=dropout,
             scale=self.scale,
             is_causal=is_causal,
@@ -150,23 +167,58 @@ class PlanOptions:
         out, error = attend(problem, operands, self.implementation)
         if sow_plan is not None:
             operands, _ = without_padding(operands)
-            plan = self._plan(explicit_logits(problem, operands))
+            plan = self._plan(explicit_logits(problem, operands), operands)
             sow_plan(plan.reshape(*batch, *plan.shape[1:]))
         if sow_error is not None and error is not None:
             sow_error(error.reshape(*batch, error.shape[-1]))
         return out.reshape(*batch, *out.shape[1:])
 
-    def _plan(self, logits):
+    def _marginals(self, masks, batch, num_heads):
+        tau = self.column_tau if masks.column_tau is None else masks.column_tau
+        query, key = (
+            None if x is None else _with_one_batch_axis(name, x, batch, num_axes=2)
+            for name, x in (
+                ("query_marginal", masks.query_marginal),
+                ("key_marginal", masks.key_marginal),
+            )
+        )
+        return GivenMarginals(query, key, tau)
+
+    def _plan(self, logits, operands):
         # `sinkhorn` has no "streaming", and its kernels take small matrices only.
         # Forward mode needs "reference".
         name = "reference" if self.implementation == "reference" else None
         return sinkhorn(
             logits,
             self.num_iters,
+            row_marginal=operands.row_marginal,
+            col_marginal=operands.col_marginal,
+            column_tau=1.0 if operands.tau is None else operands.tau,
             finish=self.finish,
             gradient=self.gradient,
+            tolerance=self.tolerance,
             implementation=name,
         )
+
+
+def is_learned_tau(column_tau: Any) -> bool:
+    """Whether a layer learns its `column_tau`; raises for any other text."""
+    if isinstance(column_tau, str) and column_tau != "learned":
+        raise ValueError(
+            f"column_tau must be a number or 'learned', got {column_tau!r}."
+        )
+    return isinstance(column_tau, str)
+
+
+def tau_logit(initial: float) -> float:
+    """The logit of a learned `column_tau` at the start."""
+    initial = number("initial_column_tau", initial)
+    if not 0 < initial < 1:
+        raise ValueError(
+            f"initial_column_tau must be between 0 and 1, got {initial}: the sigmoid "
+            "of a finite parameter is, and near either end it does not learn."
+        )
+    return math.log(initial / (1 - initial))
 
 
 def _within(lengths, shape):
@@ -216,16 +268,20 @@ def _check_mask(mask, t, s, has_query_lengths):
         )
 
 
-def _with_one_batch_axis(name, x, batch):
-    """(*batch, N, T, S) with broadcast axes as (B or 1, N, T, S)."""
-    if x is None or x.ndim <= 3:
+def _with_one_batch_axis(name, x, batch, num_axes=3):
+    """(*batch, N, T, S) with broadcast axes as (B or 1, N, T, S).
+
+    `num_axes` of them are no batch axes: 3, or 2 for (*batch, N, T).
+    """
+    if x is None or jnp.ndim(x) <= num_axes:
         return x
-    lead, rest = x.shape[:-3], x.shape[-3:]
+    lead, rest = x.shape[:-num_axes], x.shape[-num_axes:]
     if all(n == 1 for n in lead):
         return x.reshape(1, *rest)
     if len(lead) > len(batch):
+        axes = "(*batch, heads, T, S)" if num_axes == 3 else "(*batch, heads, tokens)"
         raise ValueError(
-            f"{name} must broadcast to (*batch, heads, T, S) with batch axes {batch}, "
-            f"got shape {x.shape}."
+            f"{name} must broadcast to {axes} with batch axes {batch}, got shape "
+            f"{x.shape}."
         )
     return jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)

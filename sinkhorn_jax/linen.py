@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
-from ._flax import SINGLE_QUERY, LayerMask, PlanOptions
+from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
 from .attention._api import AttentionImplementation
 from .attention._problem import Dropout
 
@@ -23,6 +23,8 @@ def attention_fn(
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     implementation: AttentionImplementation | None = None,
+    column_tau: float = 1.0,
+    tolerance: float | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of linen's multi-head layers doubly stochastic.
 
@@ -39,11 +41,18 @@ def attention_fn(
         finish: As in `sinkhorn_attention`; likewise the arguments after it.
         gradient: The derivative.
         implementation: The implementation.
+        column_tau: 1 is doubly stochastic and 0 softmax attention; a Python number.
+        tolerance: The marginal error to stop at.
 
     Returns:
         A function with the arguments of `nn.dot_product_attention`.
     """
-    return _AttentionFn(PlanOptions(num_iters, scale, finish, gradient, implementation))
+    return _AttentionFn(
+        PlanOptions(
+            *(num_iters, scale, finish, gradient, implementation),
+            *(column_tau, tolerance),
+        )
+    )
 
 
 # A class of the module, so that it can be pickled and compared.
@@ -102,11 +111,16 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     (B, 1, 1, S)) excludes the padded queries as well.
 
     Attributes:
-        num_iters: As in `attention_fn`; likewise the four attributes after it.
+        num_iters: As in `attention_fn`; likewise the five attributes after it.
         scale: The inverse temperature.
         finish: The last half step.
         gradient: The derivative.
         implementation: The implementation.
+        tolerance: The marginal error to stop at.
+        column_tau: As in `attention_fn`, or "learned" for one in each head: the sigmoid
+            of the parameter "column_tau_logit" (N,).
+        initial_column_tau: Where a learned `column_tau` starts, between 0 and 1. At
+            either end the sigmoid would not learn.
     """
 
     attention_fn: None = dataclasses.field(default=None, init=False, repr=False)
@@ -115,6 +129,9 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     finish: Finish = "rows"
     gradient: Gradient = Exact()
     implementation: AttentionImplementation | None = None
+    tolerance: float | None = None
+    column_tau: float | Literal["learned"] = 1.0
+    initial_column_tau: float = 0.5
 
     @nn.compact
     def __call__(
@@ -126,6 +143,8 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
         mask: Array | None = None,
         query_seq_lengths: Integer[Array, "..."] | None = None,
         key_value_seq_lengths: Integer[Array, "..."] | None = None,
+        query_marginal: Float[Array, "..."] | None = None,
+        key_marginal: Float[Array, "..."] | None = None,
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
@@ -144,6 +163,8 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             mask: Nonzero where a query may attend to a key; not causal.
             query_seq_lengths: Valid tokens of `inputs_q`.
             key_value_seq_lengths: Valid tokens of `inputs_k`.
+            query_marginal: Row sums of the plan; broadcasts to (*batch, N, T).
+            key_marginal: Column sums; broadcasts to (*batch, N, S).
             deterministic: Whether to leave dropout out.
             dropout_rng: Key to use instead of the module's own "dropout" key.
             sow_weights: Sow the plan as "attention_weights".
@@ -152,7 +173,22 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
         if self.decode:
             raise ValueError(SINGLE_QUERY.format("decode=True"))
         sow_error = _sow(self, "marginal_error") if sow_marginal_error else None
-        masks = LayerMask(mask, query_seq_lengths, key_value_seq_lengths, sow_error)
+        is_learned = is_learned_tau(self.column_tau)
+        tau = None
+        if is_learned:
+            start = nn.initializers.constant(tau_logit(self.initial_column_tau))
+            shape = (self.num_heads,)
+            tau = self.param("column_tau_logit", start, shape, self.param_dtype)
+            tau = nn.sigmoid(tau)
+        masks = LayerMask(
+            mask,
+            query_seq_lengths,
+            key_value_seq_lengths,
+            sow_error,
+            query_marginal=query_marginal,
+            key_marginal=key_marginal,
+            column_tau=tau,
+        )
         layer = nn.MultiHeadDotProductAttention(
             **{
                 field.name: getattr(self, field.name)
@@ -165,6 +201,8 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
                 finish=self.finish,
                 gradient=self.gradient,
                 implementation=self.implementation,
+                column_tau=1.0 if is_learned else cast(float, self.column_tau),
+                tolerance=self.tolerance,
             ),
         )
         nn.share_scope(self, layer)

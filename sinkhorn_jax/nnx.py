@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
-from ._flax import SINGLE_QUERY, LayerMask, PlanOptions
+from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
 from .attention._api import AttentionImplementation
 from .attention._problem import Dropout
 
@@ -23,6 +24,8 @@ def attention_fn(
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     implementation: AttentionImplementation | None = None,
+    column_tau: float = 1.0,
+    tolerance: float | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of `nnx.MultiHeadAttention` doubly stochastic.
 
@@ -47,6 +50,8 @@ def attention_fn(
         finish: As in `sinkhorn_attention`.
         gradient: As in `sinkhorn_attention`.
         implementation: As in `sinkhorn_attention`.
+        column_tau: As in `sinkhorn_attention`, a Python number.
+        tolerance: As in `sinkhorn_attention`.
 
     Returns:
         A function with the arguments of `nnx.dot_product_attention`.
@@ -59,7 +64,12 @@ def attention_fn(
             are known. One that is made under `jit`, or is an argument of it, passes in
             silence, and later tokens leak into earlier ones; `traced_checks` finds it.
     """
-    return _AttentionFn(PlanOptions(num_iters, scale, finish, gradient, implementation))
+    return _AttentionFn(
+        PlanOptions(
+            *(num_iters, scale, finish, gradient, implementation),
+            *(column_tau, tolerance),
+        )
+    )
 
 
 # A dataclass, because two layers are the same to nnx if their attributes are equal, and
@@ -129,6 +139,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
     finish: Finish
     gradient: Gradient
     implementation: AttentionImplementation | None
+    column_tau: float | Literal["learned"]
+    tolerance: float | None
 
     def __init__(
         self,
@@ -138,6 +150,9 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         finish: Finish = "rows",
         gradient: Gradient = Exact(),  # noqa: B008 - frozen.
         implementation: AttentionImplementation | None = None,
+        column_tau: float | Literal["learned"] = 1.0,
+        tolerance: float | None = None,
+        initial_column_tau: float = 0.5,
         **options: Any,
     ):
         """Make the layer.
@@ -150,6 +165,11 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             finish: The last half step.
             gradient: The derivative.
             implementation: The implementation.
+            column_tau: As in `attention_fn`, or "learned" for one in each head: the
+                sigmoid of the `nnx.Param` "column_tau_logit" (N,).
+            tolerance: The marginal error to stop at.
+            initial_column_tau: Where a learned `column_tau` starts, between 0 and 1. At
+                either end the sigmoid would not learn.
             **options: The named arguments of `nnx.MultiHeadAttention`: `rngs`, heads,
                 features, dtypes, initializers, metadata, dropout and so on.
 
@@ -162,12 +182,21 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
                 "attention_fn is made from num_iters and the options beside it, and "
                 "cannot be given. To choose one use nnx.MultiHeadAttention."
             )
-        plan_options = PlanOptions(num_iters, scale, finish, gradient, implementation)
+        is_learned = is_learned_tau(column_tau)
+        plan_options = PlanOptions(
+            *(num_iters, scale, finish, gradient, implementation),
+            *(1.0 if is_learned else cast(float, column_tau), tolerance),
+        )
         super().__init__(
             *args, **({"decode": False, "attention_fn": _AttentionFn(None)} | options)
         )
         for field in dataclasses.fields(plan_options):
             setattr(self, field.name, getattr(plan_options, field.name))
+        if is_learned:
+            self.column_tau = "learned"
+            logit = tau_logit(initial_column_tau)
+            logits = jnp.full((self.num_heads,), logit, self.param_dtype)
+            self.column_tau_logit = nnx.Param(logits)
 
     def __call__(
         self,
@@ -178,6 +207,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         mask: Array | None = None,
         query_seq_lengths: Integer[Array, "..."] | None = None,
         key_value_seq_lengths: Integer[Array, "..."] | None = None,
+        query_marginal: Float[Array, "..."] | None = None,
+        key_marginal: Float[Array, "..."] | None = None,
         sow_marginal_error: bool = False,
         decode: bool | None = None,
         **options: Any,
@@ -194,6 +225,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             query_seq_lengths: Valid tokens of `inputs_q`; broadcasts to *batch.
             key_value_seq_lengths: Valid tokens of `inputs_k`. If only this one is
                 given, all queries count as valid.
+            query_marginal: Row sums of the plan; broadcasts to (*batch, N, T).
+            key_marginal: Column sums; broadcasts to (*batch, N, S).
             sow_marginal_error: Sow the marginal error (*batch, N), as described in
                 `sinkhorn_attention`, as the `nnx.Intermediate` "marginal_error".
             decode: Must not be True.
@@ -213,10 +246,16 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             raise ValueError(SINGLE_QUERY.format("decode=True"))
         sow_error = _sow(self, "marginal_error") if sow_marginal_error else None
         names = (field.name for field in dataclasses.fields(PlanOptions))
+        # As they are now: `set_attributes` changes them.
+        plan_options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        tau = None
+        if is_learned_tau(self.column_tau):
+            plan_options["column_tau"] = 1.0
+            tau = nnx.sigmoid(self.column_tau_logit[...])
         masks = LayerMask(
             *(mask, query_seq_lengths, key_value_seq_lengths, sow_error),
-            # As they are now: `set_attributes` changes them.
-            PlanOptions(**{name: getattr(self, name) for name in names}),
+            PlanOptions(**plan_options),
+            *(query_marginal, key_marginal, tau),
         )
         if inputs_k is None:
             masks = masks.of_self_attention()

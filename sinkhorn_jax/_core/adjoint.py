@@ -8,6 +8,7 @@ from .._runtime.vmap import max_in_batch
 from .domain import Correction, Domain
 from .gradient import Implicit
 from .iteration import Finish, ScalingHistory
+from .marginals import Marginals
 from .options import Options
 
 
@@ -17,8 +18,7 @@ def adjoint(
     history: ScalingHistory,
     df: Float[Array, " T"],
     dg: Float[Array, " S"],
-    a: Float[Array, " T"],
-    b: Float[Array, " S"],
+    marginals: Marginals,
     *,
     of_plan: bool,
 ) -> Correction:
@@ -26,14 +26,14 @@ def adjoint(
 
     `of_plan` says that they come from a cotangent of the plan: see `reverse_sweep`.
     """
-    if not isinstance(options.gradient, Implicit):
-        return reverse_sweep(
-            domain, history, df, dg, a, b, options.finish, of_plan=of_plan
+    if isinstance(options.gradient, Implicit):
+        r, c = history.end(options.finish)
+        return at_the_fixed_point(
+            domain, r, c, df, dg, marginals, options.gradient, of_plan=of_plan
         )
-    r, c = history.end(options.finish)
-    x, y = solve_marginals(domain, r, c, df, dg, options.gradient)
-    r, c = r[None], c[None]
-    return Correction(r, c, x[None], r, c, y[None], x, y)
+    return reverse_sweep(
+        domain, history, df, dg, marginals, options.finish, of_plan=of_plan
+    )
 
 
 def reverse_sweep(
@@ -41,8 +41,7 @@ def reverse_sweep(
     history: ScalingHistory,
     df: Float[Array, " T"],
     dg: Float[Array, " S"],
-    a: Float[Array, " T"],
-    b: Float[Array, " S"],
+    marginals: Marginals,
     finish: Finish,
     *,
     of_plan: bool,
@@ -60,8 +59,12 @@ def reverse_sweep(
     correction the two cancel but for the change of the scalings: with c' before the
     column step and c after it, t r E c' - t r E c = t (c' / c - 1) times the plan of
     the column step. So the sweep is over weights without t, and that takes its place.
+
+    A column step that goes the part τ of the way multiplies the excess by τ.
     """
+    a, b, tau = marginals
     r, c, num_iters = history.r, history.c, history.num_iters
+    full_c = history.full_c
     row_weight, col_weight = jnp.zeros_like(r), jnp.zeros_like(c)
     df, dg = jnp.where(domain.rows, df, 0), jnp.where(domain.cols, dg, 0)
     zero = jnp.zeros_like(df.sum())
@@ -74,11 +77,14 @@ def reverse_sweep(
         return jnp.where(domain.rows, df / jnp.where(domain.rows, sums, 1), 0)
 
     def weight_of_col_step(k, dg):
-        sums = domain.col_sums(r[k - 1], c[k], b)
+        sums = domain.col_sums(r[k - 1], full_c[k], b)
+        dg = dg if tau is None else tau * dg
         return jnp.where(domain.cols, dg / jnp.where(domain.cols, sums, 1), 0)
 
     def changes(k):
         """Those of the scalings, relative; 0 and False if not all are small."""
+        if tau is not None:  # Then t becomes smaller by itself.
+            return zero, zero, False
         if of_plan:  # Then t is 0.
             return zero, zero, True
         rows = jnp.where(domain.rows, domain.ratio(r[k - 1], r[k]) - 1, 0)
@@ -87,24 +93,33 @@ def reverse_sweep(
         rows, cols = (jnp.where(are_small, x, 0) for x in (rows, cols))
         return rows, cols, are_small
 
+    if tau is not None:
+        # What the next column step leaves of it.
+        excess = tau * (dg.sum() if finish == "columns" else excess)
+        excess = excess - (df.sum() if finish == "columns" else 0)
     if finish == "rows":
         row_weight = row_weight.at[num_iters].set(weight_of_row_step(num_iters, df))
         df = jnp.zeros_like(df)
 
-    def undo_full_iteration(k, weight_of_row, df, dg, before, sums):
+    def undo_full_iteration(k, weight_of_row, df, dg, before, sums, excess):
         row_changes, col_changes, are_small = changes(k)
         common = jnp.where(are_small, -excess / total, 0)
         dg = dg - domain.apply_left(weight_of_row, r[k], c[k])
         weight = weight_of_col_step(k, dg)
         weight = jnp.where(domain.cols, weight + (common - before), 0)
-        sums = sums[0] + common, sums[1] + weight - common
+        da, db, dtau = sums
+        if tau is not None:
+            _, g = domain.potentials(r[k - 1], full_c[k])
+            dtau = dtau + jnp.vdot(dg, g)
+        sums = Marginals(da + common, db + weight - common, dtau)
         weight_of_col = weight + common * col_changes
-        df = df - domain.apply(r[k - 1], c[k], weight) + a * common * row_changes
+        df = df - domain.apply(r[k - 1], full_c[k], weight) + a * common * row_changes
         df = df - share * (df.sum() + jnp.where(are_small, 0, excess))
         weight_of_row = weight_of_row_step(k - 1, df)
         # The cotangents from outside reach only the potentials of the result.
         dg = -b * common * col_changes
-        rest = jnp.zeros_like(df), dg, common, sums
+        excess = excess if tau is None else tau * excess
+        rest = jnp.zeros_like(df), dg, common, sums, excess
         return weight_of_row, weight_of_col, *rest
 
     has_stop = history.stopped is not None
@@ -122,41 +137,84 @@ def reverse_sweep(
         row, col, *rest = new
         return row_weight.at[k - 1].set(row), col_weight.at[k].set(col), *rest
 
-    init = row_weight, col_weight, df, dg, zero, (zero, jnp.zeros_like(dg))
-    row_weight, col_weight, *_, (common, db) = jax.lax.fori_loop(0, last, undo, init)
-    da = jnp.where(domain.rows, row_weight.sum(axis=0) + common, 0)
-    db = jnp.where(domain.cols, db, 0)
-    col_factors = r[:-1], c[1:], col_weight[1:]
-    return Correction(r, c, row_weight, *col_factors, da, db)
+    sums = Marginals(zero, jnp.zeros_like(dg), None if tau is None else zero)
+    init = row_weight, col_weight, df, dg, zero, sums, excess
+    row_weight, col_weight, *_, sums, _ = jax.lax.fori_loop(0, last, undo, init)
+    da = jnp.where(domain.rows, row_weight.sum(axis=0) + sums.a, 0)
+    db = jnp.where(domain.cols, sums.b, 0)
+    col_factors = r[:-1], full_c[1:], col_weight[1:]
+    return Correction(r, c, row_weight, *col_factors, Marginals(da, db, sums.tau))
 
 
-def solve_marginals(
+def at_the_fixed_point(
     domain: Domain,
     r: Float[Array, " T"],
     c: Float[Array, " S"],
-    rows: Float[Array, " T"],
-    cols: Float[Array, " S"],
+    df: Float[Array, " T"],
+    dg: Float[Array, " S"],
+    marginals: Marginals,
     gradient: Implicit,
-) -> tuple[Float[Array, " T"], Float[Array, " S"]]:
-    """Solves a x + P y = rows, P^T x + b y = cols, with a and b the sums of the plan P.
+    *,
+    of_plan: bool,
+) -> Correction:
+    """The correction by the implicit function theorem, for converged scalings."""
+    tau = marginals.tau
+    a, b = plan_sums(domain, r, c)
+    rhs = dg - domain.apply_left(df / a, r, c)
+    if tau is not None and of_plan:  # As its sum is without rounding.
+        rhs = rhs - b * (rhs.sum() / jnp.where(domain.cols, b, 0).sum())
+    y = solve_columns(domain, r, c, rhs, tau, gradient)
+    cotangents = y, None
+    if tau is not None:
+        # The columns of the fixed point have their own sums; g is the part tau of h.
+        _, h = domain.potentials(r, domain.col_step(r, marginals.b))
+        db = y * tau * b / jnp.where(marginals.b == 0, 1, marginals.b)
+        cotangents = jnp.where(domain.cols, db, 0), jnp.vdot(y * b, h)
+        y = tau * y
+    x = jnp.where(domain.rows, (df - domain.apply(r, c, y)) / a, 0)
+    r, c = r[None], c[None]
+    return Correction(r, c, x[None], r, c, y[None], Marginals(x, *cotangents))
 
-    The matrix of this system is the Jacobian of a plan's marginals with respect to its
-    potentials. It is symmetric, so it gives their tangents as well as the adjoint.
-    """
+
+def plan_sums(
+    domain: Domain, r: Float[Array, " T"], c: Float[Array, " S"]
+) -> tuple[Float[Array, " T"], Float[Array, " S"]]:
+    """Row and column sums of a plan; 1 in place of 0."""
     a = domain.apply(r, c, jnp.ones_like(c))
     b = domain.apply_left(jnp.ones_like(r), r, c)
-    a, b = jnp.where(a > 0, a, 1), jnp.where(b > 0, b, 1)
+    return jnp.where(a > 0, a, 1), jnp.where(b > 0, b, 1)
+
+
+def solve_columns(
+    domain: Domain,
+    r: Float[Array, " T"],
+    c: Float[Array, " S"],
+    rhs: Float[Array, " S"],
+    tau: Float[Array, ""] | None,
+    gradient: Implicit,
+) -> Float[Array, " S"]:
+    """Solves (b - tau P^T a^-1 P) y = rhs, with a and b the sums of the plan P.
+
+    With tau = 1 that is a x + P y = rows, P^T x + b y = cols without x, and its matrix
+    the Jacobian of a plan's marginals with respect to its potentials. It is symmetric,
+    so it gives their tangents as well as the adjoint.
+    """
+    a, b = plan_sums(domain, r, c)
     total = jnp.where(domain.cols, b, 0).sum()
     total = jnp.where(total == 0, 1, total)
 
-    # With x eliminated, (b - P^T a^-1 P) y = rhs has the null vector 1. Adding the
-    # projection b b^T / sum(b) makes it regular and fixes <b, y> = 0.
+    # With tau = 1 the vector 1 is a null vector. Adding tau times the projection
+    # b b^T / sum(b) makes the matrix regular, and changes no y with <b, y> = 0. What
+    # the right-hand side has along b belongs to the vector 1.
     def schur_complement(y):
         inner = domain.apply_left(domain.apply(r, c, y) / a, r, c)
-        return b * y - inner + b * (jnp.vdot(b, y) / total)
+        projected = b * (jnp.vdot(b, y) / total)
+        if tau is None:
+            return b * y - inner + projected
+        return b * y - tau * (inner - projected)
 
-    rhs = cols - domain.apply_left(rows / a, r, c)
-    rhs = jnp.where(domain.cols, rhs - b * (rhs.sum() / total), 0)
+    mean = rhs.sum() / total
+    rhs = jnp.where(domain.cols, rhs - b * mean, 0)
 
     def conjugate_gradients(matvec, rhs):
         return jax.scipy.sparse.linalg.cg(
@@ -172,4 +230,7 @@ def solve_marginals(
     y = jax.lax.custom_linear_solve(
         schur_complement, rhs, conjugate_gradients, symmetric=True
     )
-    return jnp.where(domain.rows, (rows - domain.apply(r, c, y)) / a, 0), y
+    if tau is None:
+        return y
+    along_1 = jnp.where(tau < 1, mean / jnp.where(tau < 1, 1 - tau, 1), 0)
+    return jnp.where(domain.cols, y + along_1, 0)

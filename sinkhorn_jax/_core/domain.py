@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .marginals import Marginals
 from .precision import dot
 
 
@@ -30,8 +31,7 @@ class Correction(NamedTuple):
     col_r: Float[Array, "M T"]
     col_c: Float[Array, "M S"]
     col_weight: Float[Array, "M S"]
-    da: Float[Array, " T"]
-    db: Float[Array, " S"]
+    marginals: Marginals  # Their cotangents.
 
 
 class Product(NamedTuple):
@@ -108,6 +108,14 @@ class Linear(NamedTuple):
     def col_step(self, r, b):
         """The column scaling with which the columns sum to `b`."""
         return b / jnp.where(self.cols, dot(r, self.kernel), 1)
+
+    def part_way(self, c, tau):
+        """The column scaling with the part `tau` of the potential that `c` has.
+
+        It may underflow, where a column has no weight in the plan.
+        """
+        part = c**tau * jnp.exp((1 - tau) * self.n)
+        return jnp.where(self.cols, part, 0)
 
     def ratio(self, scaling, after):
         """The quotient of two successive scalings; finite for padding."""
@@ -189,6 +197,11 @@ class Log(NamedTuple):
         """The column scaling with which the columns sum to `b`."""
         log_b = jnp.log(jnp.where(self.cols, b, 1))
         return jnp.where(self.cols, log_b - _logsumexp(self.logits + r[:, None], 0), 0)
+
+    def part_way(self, c, tau):
+        """The column scaling with the part `tau` of the potential that `c` has."""
+        # In this order 0 and 1 give the start and c themselves.
+        return jnp.where(self.cols, tau * c + (1 - tau) * self.n, 0)
 
     def ratio(self, scaling, after):
         """The quotient of the factors of two successive scalings."""

@@ -14,12 +14,12 @@ from .._runtime.vmap import with_fallback
 from .domain import Domain, Linear, Log, Shift
 from .gradient import kept_iterations
 from .iteration import ScalingHistory, is_representable, iterate
+from .marginals import Marginals
 from .options import Options
 
 # Computes the logits. Each domain calls it, instead of both reading one result, so that
 # the linear domain can overwrite the logits with the kernel matrix.
 Logits = Callable[[], Float[Array, "T S"]]
-Marginals = Callable[[Domain], tuple[Float[Array, " T"], Float[Array, " S"]]]
 
 
 class Solution(NamedTuple):
@@ -32,20 +32,20 @@ class Solution(NamedTuple):
 
 def solve(
     logits: Logits,
-    marginals: Marginals,
-    output: Callable[[Domain, ScalingHistory, Array, Array], Any],
+    marginals: Callable[[Domain], Marginals],
+    output: Callable[[Domain, ScalingHistory, Marginals], Any],
     options: Options,
 ) -> tuple[Any, Solution]:
-    """Iterates, and returns `output(domain, history, a, b)` with the solution."""
+    """Iterates, and returns `output(domain, history, marginals)` with the solution."""
 
     def in_domain(domain):
-        a, b = marginals(domain)
-        history = iterate(domain, a, b, options)
-        return output(domain, history, a, b), history
+        of_domain = marginals(domain)
+        history = iterate(domain, of_domain, options)
+        return output(domain, history, of_domain), history
 
     linear = Linear.of(logits())
     result = in_domain(linear)
-    is_linear = is_representable(linear, result[1], *marginals(linear))
+    is_linear = is_representable(linear, result[1], marginals(linear))
     out, history = with_fallback(result, is_linear, lambda: in_domain(Log.of(logits())))
     kept = history.tail(kept_iterations(options.gradient, options.num_iters))
     return out, Solution(kept, is_linear, linear.shift)

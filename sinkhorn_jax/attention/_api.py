@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._core.gradient import Exact, Gradient
+from .._core.marginals import checked_tau
 from .._core.options import Finish, Options
 from .._core.precision import accum_dtype
 from .._runtime.arguments import as_array
@@ -17,6 +18,7 @@ from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
 from ._problem import (
     Attended,
     Dropout,
+    GivenMarginals,
     Operands,
     Problem,
     Valid,
@@ -30,7 +32,9 @@ from ._validate import (
     check_dropout,
     check_pattern,
     check_scale,
+    checked_tolerance,
     valid_tokens,
+    with_marginals,
 )
 
 AttentionImplementation = Literal[
@@ -65,8 +69,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
+    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_marginal: Array | None = None, column_tau: float | Array = 1.0,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None,
+    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[False] = False,
 ) -> Array: ...
@@ -76,8 +82,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
+    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_marginal: Array | None = None, column_tau: float | Array = 1.0,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None,
+    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -87,8 +95,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None, finish: Finish = "rows", gradient: Gradient = ...,
+    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_marginal: Array | None = None, column_tau: float | Array = 1.0,
+    dropout_rate: float = 0.0, dropout_rng: Array | None = None,
+    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None, return_marginal_error: bool,
 ) -> Array | tuple[Array, Array]: ...
 # fmt: on
@@ -104,10 +114,14 @@ def sinkhorn_attention(
     is_causal: bool = False,
     query_seq_lengths: Integer[Array, "..."] | None = None,  # (B,) or ().
     key_value_seq_lengths: Integer[Array, "..."] | None = None,
+    query_marginal: Float[Array, "..."] | None = None,
+    key_marginal: Float[Array, "..."] | None = None,
+    column_tau: float | Float[Array, "..."] = 1.0,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
+    tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: bool = False,
 ) -> Float[Array, "*B T N D"] | tuple[Float[Array, "*B T N D"], Float[Array, "*B N"]]:
@@ -160,6 +174,20 @@ def sinkhorn_attention(
             from 0 to T, which is checked where the values are known. If only this one
             is given, all keys count as valid: nothing is guessed.
         key_value_seq_lengths: Valid keys of each batch element; likewise.
+        query_marginal: Row sums of the plan, floating, broadcasts to (B, N, T), or
+            (N, T) without a batch axis. Default: 1, or if only `key_marginal` is given,
+            uniform with its total. The output is $PV$ as it is: divide it by
+            `query_marginal` for averages of the values. 0 makes a query padding, and
+            marginals of padding are ignored. Checks are those of `sinkhorn`.
+        key_marginal: Column sums, broadcasts to (B, N, S), with the total of the row
+            sums; likewise. Default: uniform.
+        column_tau: How strictly columns have their sums: 1 is doubly stochastic
+            attention, 0 softmax attention for any `num_iters`, and a number between
+            them sets $g = \tau\,(\log b - \mathrm{logsumexp}_i(Z + f))$ in each column
+            step. It converges to transport with a penalty
+            $\tau / (1 - \tau)\,\mathrm{KL}$ on the columns, so the marginal error does
+            not go to 0, and the totals of the marginals need not agree. A number in
+            [0, 1], or a floating array that broadcasts to (B, N), with a gradient.
         dropout_rate: Probability with which an entry of the plan is dropped, in [0, 1);
             the entries that remain are divided by 1 - rate. A Python number.
         dropout_rng: Key for the dropout. The dropout mask is a function of this key and
@@ -167,6 +195,8 @@ def sinkhorn_attention(
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
+        tolerance: The marginal error at which a head stops, each by itself; `num_iters`
+            is then the limit. As in `sinkhorn_potentials`.
         implementation: One of the names below, which agree up to rounding. None takes
             "scaling", or "streaming" where five (T, S) arrays of the potentials' dtype
             exceed 1 GiB and it can run, on every device.
@@ -179,18 +209,19 @@ def sinkhorn_attention(
             exact Hessian.
         "streaming": Holds nothing of size (T, S), forward or backward, unless `bias` or
             `mask` has that size itself (then the gradient of the bias has it too).
-            Takes `Exact` and `Truncated`. Reverse mode only, likewise.
+            Takes `Exact` and `Truncated`, and no tolerance. Reverse mode only,
+            likewise.
         "reference": Plain JAX on all logits at once. Takes every argument and every
             transform; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) needs it.
         "mosaic_gpu": Pallas kernels for NVIDIA's Hopper GPUs, compiled for them but not
             run on one; only taken by name. Holds T S / 64 numbers for each head. Takes
             bfloat16 and float16, H and D up to 128, up to 64 iterations,
-            `Exact`, finish="rows" and sequence lengths, but no bias, mask or dropout.
-            Reverse mode only.
+            `Exact`, finish="rows" and sequence lengths, but no bias, mask, dropout,
+            marginals, `column_tau` below 1 or tolerance. Reverse mode only.
         "mosaic_tpu": Pallas kernels for TPUs, compiled for them but not measured on
-            one; only taken by name. Takes float32 and bfloat16, `Exact`, finish="rows"
-            and sequence lengths, but no bias, mask or dropout. Reverse mode only. To
-            lower or export it without a TPU, name one as in docs/usage.md.
+            one; only taken by name. Takes float32 and bfloat16, and otherwise what
+            "mosaic_gpu" takes. Reverse mode only. To lower or export it without a TPU,
+            name one as in docs/usage.md.
 
     Returns:
         The attended values in the query's dtype; potentials and sums are kept in
@@ -204,7 +235,8 @@ def sinkhorn_attention(
             differentiated in forward mode.
         ValueError: Shapes disagree or are empty, `is_causal` or a causal mask or bias,
             a negative `num_iters`, lengths out of range, an unknown `finish` or
-            `implementation`, a dropout rate without a key.
+            `implementation`, a dropout rate without a key, `column_tau` outside [0, 1],
+            marginals that are negative, not finite, or of different totals.
         NotImplementedError: The named implementation cannot run this problem, its
             kernels are for another platform (under `jit` that is an error of Pallas),
             or the TPU that "mosaic_tpu" is traced for has too little VMEM for its
@@ -223,7 +255,8 @@ def sinkhorn_attention(
     problem, operands = prepare(
         (query, key, value, bias, mask),
         (query_seq_lengths, key_value_seq_lengths),
-        options=Options(num_iters, finish, gradient),
+        options=Options(num_iters, finish, gradient, checked_tolerance(tolerance)),
+        marginals=GivenMarginals(query_marginal, key_marginal, column_tau),
         dropout=Dropout(dropout_rate, dropout_rng),
         scale=scale,
         is_causal=is_causal,
@@ -273,12 +306,13 @@ def prepare(
     lengths: tuple[Array | None, Array | None],
     *,
     options: Options,
+    marginals: GivenMarginals,
     dropout: Dropout,
     scale: float | Array | None,
     is_causal: bool,
     return_marginal_error: bool,
 ) -> tuple[Problem, Operands]:
-    """The problem and the operands for an implementation, from checked arguments.
+    """The problem and the operands for an implementation, from arguments it checks.
 
     `arrays` are query, key, value, bias and mask; `lengths` those of queries and keys.
     """
@@ -290,6 +324,7 @@ def prepare(
     if query.ndim == 3:
         query, key, value = query[None], key[None], value[None]
     batch, t, num_heads, head_dim = query.shape
+    tau = checked_tau(marginals.tau, (batch, num_heads), accum_dtype(query.dtype))
     scale = 1 / math.sqrt(head_dim) if scale is None else check_scale(scale)
     static, dynamic = (1.0, scale) if isinstance(scale, Array) else (scale, None)
     s, num_key_heads, value_dim = value.shape[1:]
@@ -309,9 +344,11 @@ def prepare(
         return_marginal_error=return_marginal_error,
         has_bias=bias is not None,
         has_mask=mask is not None,
+        has_marginals=marginals.query is not None or marginals.key is not None,
+        has_tau=tau is not None,
     )
     logits_shape = (batch, num_heads, t, s)
-    return problem, Operands(
+    operands = Operands(
         query,
         key,
         value,
@@ -321,4 +358,6 @@ def prepare(
         valid_tokens("key_value_seq_lengths", lengths[1], batch, s),
         dropout.rng if dropout_rate > 0 else None,
         dynamic,
+        tau=tau,
     )
+    return problem, with_marginals(problem, operands, marginals)

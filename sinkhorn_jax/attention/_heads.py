@@ -2,18 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from .._core.domain import Domain
+from .._core.marginals import Marginals
 from .._core.precision import accum_dtype, dot
 from .._core.solve import to_unit
 from .._runtime.scheduling import map_and_add, map_matrices, matrices_in_flight
 from . import _problem
 from ._problem import Attended, Operands, Problem
+
+
+class HeadCotangents(NamedTuple):
+    """Those of one head, but of the bias, which heads share."""
+
+    query: Float[Array, "T H"]  # With scale.
+    key_t: Float[Array, "H S"]
+    value_t: Float[Array, "D S"]
+    marginals: tuple[Array | None, ...]  # Of those that are operands.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -33,8 +42,7 @@ def attend_by_head(
         backward: A function of `Heads`, a head's index, its history, its queries with
             scale [H, T], the cotangents of its output [D, T] and of its last row
             potential [T], and the number by which these two were divided. It returns
-            the cotangents ((queries with scale [T, H], keys [H, S], values [D, S]),
-            bias or None), multiplied by that number.
+            (`HeadCotangents`, that of the bias or None), multiplied by that number.
         in_flight: Heads that are computed at the same time; None suits the device.
         operands: The arrays of the call.
     """
@@ -128,9 +136,32 @@ class Heads:
         bias, masks = jax.tree.map(part, (self._operands.bias, self._masks))
         return _problem.add_bias_and_masks(logits, bias, masks)
 
-    def marginals(self, domain: Domain) -> tuple[Array, Array]:
-        """Row marginal [T] and column marginal [S]."""
-        return _problem.uniform_marginals(domain.rows, domain.cols, self.dtype)
+    def row_marginal(self, head) -> Float[Array, " T"] | None:
+        """The row sums that the caller gave a head; None for uniform ones."""
+        marginal = self._operands.row_marginal
+        if marginal is None:
+            return None
+        return marginal[head // self.problem.num_heads, head % self.problem.num_heads]
+
+    def marginals(
+        self, head, rows: Bool[Array, " T"], cols: Bool[Array, " S"]
+    ) -> Marginals:
+        """The marginals of a head, of which the valid rows and columns are known."""
+        o, n = self._operands, self.problem.num_heads
+        tau = None if o.tau is None else o.tau[head // n, head % n]
+        if o.row_marginal is None:
+            uniform = _problem.uniform_marginals(rows, cols, self.dtype)
+            return Marginals(*uniform, tau)
+        a, b = (x[head // n, head % n] for x in (o.row_marginal, o.col_marginal))
+        return Marginals(a, b, tau)
+
+    def given_marginals(self, cotangents: Marginals) -> tuple[Array | None, ...]:
+        """The cotangents of those marginals that are operands; None for the others."""
+        o = self._operands
+        given = o.row_marginal, o.col_marginal, o.tau
+        return tuple(
+            None if x is None else y for x, y in zip(given, cotangents, strict=True)
+        )
 
     def keep(self, head, rows=None) -> Float[Array, "I S"] | None:
         """Dropout factors of the plan, or of these rows of it; None without dropout."""
@@ -175,7 +206,8 @@ class Heads:
 
         cotangents = split_transposed(dout), split(df)
         inputs = self.indices, history, split_transposed(query), cotangents
-        (dq, dk_t, dv_t), dbias = self._map_and_sum_bias(scaled_to_unit, inputs)
+        cotangents, dbias = self._map_and_sum_bias(scaled_to_unit, inputs)
+        dq, dk_t, dv_t, marginals = cotangents
         dtype, scale = self.problem.dtype, self._operands.scale
         if scale is not None:
             dscale = (split(self._operands.query).astype(self.dtype) * dq).sum()
@@ -186,7 +218,17 @@ class Heads:
             value=join_to_keys(self.problem, dv_t).astype(dtype),
             bias=dbias,
             scale=scale,
+            **self._by_head(marginals),
         )
+
+    def _by_head(self, marginals):
+        """The cotangents of the marginals as fields of the operands."""
+        shape = self.problem.batch, self.problem.num_heads
+        names = "row_marginal", "col_marginal", "tau"
+        return {
+            name: x if x is None else x.reshape(*shape, *x.shape[1:])
+            for name, x in zip(names, marginals, strict=True)
+        }
 
     def _map_and_sum_bias(self, fn, xs):
         """First results of all heads, and the sum of the second over a bias's heads."""

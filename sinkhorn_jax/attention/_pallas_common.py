@@ -12,6 +12,12 @@ def why_not_options(problem: Problem) -> str | None:
     if problem.has_bias or problem.has_mask:
         name = "bias" if problem.has_bias else "mask"
         return f"it takes sequence lengths but no {name}"
+    if problem.has_marginals:
+        return "it takes no query_marginal or key_marginal"
+    if problem.has_tau:
+        return "it takes no column_tau but the number 1"
+    if problem.options.tolerance is not None:
+        return f"it takes no tolerance, got {problem.options.tolerance}"
     if problem.dropout_rate > 0:
         return f"it takes no dropout, got dropout_rate={problem.dropout_rate}"
     if problem.options.finish != "rows":

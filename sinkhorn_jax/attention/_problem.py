@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._core.marginals import has_mass
 from .._core.options import Options
 from .._core.precision import accum_dtype
 from .._runtime.shard_map import varying_like
@@ -31,6 +32,8 @@ class Problem:
     return_marginal_error: bool = False
     has_bias: bool = False
     has_mask: bool = False  # Sequence lengths are not a mask.
+    has_marginals: bool = False
+    has_tau: bool = False
 
     @property
     def groups(self) -> int:
@@ -46,6 +49,14 @@ class Dropout(NamedTuple):
     is_broadcast: bool = False  # One mask for all batch elements and heads.
 
 
+class GivenMarginals(NamedTuple):
+    """What the caller says about the sums of the plan."""
+
+    query: Array | None = None
+    key: Array | None = None
+    tau: float | Array = 1.0
+
+
 class Operands(NamedTuple):
     """The arrays of a call; None where the caller gave nothing."""
 
@@ -58,13 +69,22 @@ class Operands(NamedTuple):
     key_valid: Bool[Array, "B S"] | None = None
     dropout_rng: Array | None = None
     scale: Float[Array, ""] | None = None  # A scale that is no Python number.
+    row_marginal: Float[Array, "B N T"] | None = None  # 0 for padding; both or none.
+    col_marginal: Float[Array, "B N S"] | None = None
+    tau: Float[Array, "B N"] | None = None
 
     def masks(self) -> list[Bool[Array, "#B #N #T #S"]]:
         """The masks that are not None, with valid queries and keys as masks too."""
-        rows, cols = self.query_valid, self.key_valid
-        rows = None if rows is None else rows[:, None, :, None]
-        cols = None if cols is None else cols[:, None, None, :]
-        return [x for x in (self.mask, rows, cols) if x is not None]
+        masks = [self.mask]
+        if self.query_valid is not None:
+            masks.append(self.query_valid[:, None, :, None])
+        if self.key_valid is not None:
+            masks.append(self.key_valid[:, None, None, :])
+        if self.row_marginal is not None:
+            masks.append(has_mass(self.row_marginal)[..., :, None])
+        if self.col_marginal is not None:
+            masks.append(has_mass(self.col_marginal)[..., None, :])
+        return [x for x in masks if x is not None]
 
 
 # What an implementation returns: the output and, on request, the marginal error.
@@ -138,6 +158,24 @@ def valid_rows_and_cols(operands: Operands) -> Valid | None:
         any_row, any_col = (x.any(axis=(2, 3), keepdims=True) for x in (rows, cols))
         rows, cols = rows & any_col, cols & any_row
     return Valid(jnp.moveaxis(rows, 1, 2), jnp.transpose(cols, (0, 3, 1, 2)))
+
+
+def valid_by_head(
+    problem: Problem, operands: Operands
+) -> tuple[Bool[Array, "B N T"], Bool[Array, "B N S"]]:
+    """Queries and keys of each head with an allowed entry."""
+    valid = valid_rows_and_cols(operands)
+    if valid is None:
+        ones = jnp.ones((1, 1, 1, 1), jnp.bool_)
+        valid = Valid(ones, ones)
+    lengths = problem.t, problem.s
+    rows, cols = (
+        jnp.broadcast_to(
+            jnp.swapaxes(x[..., 0], 1, 2), (problem.batch, problem.num_heads, length)
+        )
+        for x, length in zip(valid, lengths, strict=True)
+    )
+    return rows, cols
 
 
 def zero_padding(operands: Operands, valid: Valid | None) -> Operands:

@@ -23,10 +23,14 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     b, t, s, n = problem.batch, problem.t, problem.s, problem.num_heads
     dtype = accum_dtype(problem.dtype)
     logits = explicit_logits(problem, operands)
-    rows, cols = (logits != -jnp.inf).any(axis=-1), (logits != -jnp.inf).any(axis=-2)
-    a, c = _problem.uniform_marginals(rows, cols, dtype)
+    marginals = operands.row_marginal, operands.col_marginal
+    if operands.row_marginal is None:
+        allowed = logits != -jnp.inf
+        rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
+        marginals = _problem.uniform_marginals(rows, cols, dtype)
     flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
-    matrices = Matrices(logits.reshape(-1, t, s), a.reshape(-1, t), c.reshape(-1, s))
+    matrices = Matrices(logits, *marginals, operands.tau)
+    matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), matrices)
     plan, potentials = matrix.solve(flat, matrices)
     plan = plan.reshape(b, n, t, s)
     if operands.dropout_rng is not None:

@@ -14,7 +14,7 @@ from .._core.domain import Product
 from .._core.iteration import marginal_error
 from .._core.precision import dot
 from .._core.solve import solve, solve_backward
-from ._heads import attend_by_head
+from ._heads import HeadCotangents, attend_by_head
 from ._problem import Attended, Operands, Problem, vary_alike
 
 
@@ -37,7 +37,7 @@ def _forward(heads, index):
     q, k, v = heads.query(index), heads.key(index), heads.value(index)
     keep, options = heads.keep(index), heads.problem.options
 
-    def output(domain, history, a, b):
+    def output(domain, history, marginals):
         r, c = history.end(options.finish)
         if keep is None:
             out = domain.apply(r, c, v)
@@ -45,10 +45,11 @@ def _forward(heads, index):
             out = dot(domain.plan(r, c) * keep, v)
         if not heads.problem.return_marginal_error:
             return out, None
-        return out, marginal_error(domain, history, a, b, options.finish)
+        return out, marginal_error(domain, history, marginals, options.finish)
 
     logits = lambda: heads.logits(index, q, k.T)
-    return solve(logits, heads.marginals, output, options)
+    marginals = lambda domain: heads.marginals(index, domain.rows, domain.cols)
+    return solve(logits, marginals, output, options)
 
 
 def _backward(heads, index, solution, q_t, do_t, df, size):
@@ -56,7 +57,7 @@ def _backward(heads, index, solution, q_t, do_t, df, size):
     keep, options = heads.keep(index), heads.problem.options
 
     def in_domain(domain):
-        a, b = heads.marginals(domain)
+        marginals = heads.marginals(index, domain.rows, domain.cols)
         r, c = solution.history.end(options.finish)
         if keep is None:
             dplan = Product(do_t, v.T)
@@ -65,9 +66,10 @@ def _backward(heads, index, solution, q_t, do_t, df, size):
             dplan = dot(do_t.T, v.T) * keep
             dv_t = dot(do_t, domain.plan(r, c) * keep)
         history, dg = solution.history, (v.T * dv_t).sum(axis=0)
-        correction = adjoint(options, domain, history, df, dg, a, b, of_plan=True)
+        correction = adjoint(options, domain, history, df, dg, marginals, of_plan=True)
         dz = domain.logits_cotangent(r, c, dplan, correction)
-        cotangents = (dot(dz, k), dot(q_t, dz), dv_t), heads.sum_to_bias(dz)
-        return jax.tree.map(lambda x: x * size, cotangents)
+        marginals = heads.given_marginals(correction.marginals)
+        head = HeadCotangents(dot(dz, k), dot(q_t, dz), dv_t, marginals)
+        return jax.tree.map(lambda x: x * size, (head, heads.sum_to_bias(dz)))
 
     return solve_backward(lambda: heads.logits(index, q, k.T), solution, in_domain)

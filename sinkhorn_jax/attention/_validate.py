@@ -12,6 +12,17 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import number
+from .._core.marginals import (
+    Names,
+    check_signs,
+    check_totals,
+    check_traced,
+    complete,
+    floating_marginal,
+    is_known,
+    totals_rtol,
+)
+from .._core.precision import accum_dtype
 from .._runtime.arguments import (
     are_known,
     as_array,
@@ -19,7 +30,9 @@ from .._runtime.arguments import (
     known_values,
     refuse_no_number,
 )
+from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
+NAMES: Final = Names("query_marginal", "key_marginal")
 CAUSAL: Final = (
     "{} leaves the identity as the only doubly stochastic plan, so every "
     "token would attend to itself alone. For causal attention use "
@@ -215,6 +228,42 @@ def valid_tokens(
     lengths = jnp.broadcast_to(lengths.astype(jnp.int32), (batch,))
     position = jnp.arange(length, dtype=jnp.int32)
     return position[None, :] < lengths[:, None]
+
+
+def checked_tolerance(tolerance: float | None) -> float | None:
+    """The tolerance, unless it is text or a truth value."""
+    refuse_no_number("tolerance", tolerance)
+    return tolerance
+
+
+def with_marginals(
+    problem: Problem, operands: Operands, given: GivenMarginals
+) -> Operands:
+    """The operands with both marginals, uniform where not given, 0 for padding."""
+    if not problem.has_marginals:
+        return operands
+    heads, dtype = (problem.batch, problem.num_heads), accum_dtype(problem.dtype)
+    a = floating_marginal(NAMES.rows, given.query, (*heads, problem.t))
+    b = floating_marginal(NAMES.cols, given.key, (*heads, problem.s))
+    rtol = totals_rtol(given.query, given.key)
+    a, b = (x if x is None else x.astype(dtype) for x in (a, b))
+    operands = operands._replace(row_marginal=a, col_marginal=b)
+    if all(x is None or is_known(x) for x in operands):
+        with jax.ensure_compile_time_eval():
+            _check_known(problem, operands, rtol)
+    rows, cols = valid_by_head(problem, operands)
+    a, b = complete(a, b, rows, cols, dtype)
+    check_traced(NAMES, a, b, operands.tau, rtol)
+    return operands._replace(row_marginal=a, col_marginal=b)
+
+
+def _check_known(problem, operands, rtol):
+    a, b = operands.row_marginal, operands.col_marginal
+    rows, cols = valid_by_head(problem, operands)
+    a = a if a is None else check_signs(NAMES.rows, a, rows)
+    b = b if b is None else check_signs(NAMES.cols, b, cols)
+    if a is not None and b is not None:
+        check_totals(NAMES, a, b, operands.tau, rtol, "")
 
 
 def check_pattern(

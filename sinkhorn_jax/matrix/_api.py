@@ -42,6 +42,7 @@ def sinkhorn(
     row_marginal: Float[Array, "..."] | None = None,
     col_marginal: Float[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
+    column_tau: float | Float[Array, "..."] = 1.0,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     tolerance: float | None = None,
@@ -75,6 +76,13 @@ def sinkhorn(
             count as allowed: give what they exclude by -inf a marginal of 0, or name it
             in `where`.
         where: True for allowed entries; boolean, broadcasts to the logits.
+        column_tau: τ in [0, 1], from the softmax itself (0, for any `num_iters`) to
+            doubly stochastic (1): a column step sets
+            $g = \tau\,(\log b - \mathrm{logsumexp}_i(Z + f))$. Below 1 the iteration
+            converges to entropic transport with a penalty
+            $\tau / (1 - \tau)\,\mathrm{KL}$ on the columns: they keep a marginal
+            error, and the two totals need not agree. A number, or a floating array that
+            broadcasts to (...), with a gradient.
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings. The second
@@ -92,9 +100,10 @@ def sinkhorn(
               (`jax.jvp`, `jax.jacfwd`) and any other transform.
             - "mosaic_tpu", "mosaic_gpu": Pallas kernels for TPUs, and for NVIDIA GPUs
               from Hopper on, that compute many matrices of at most 16 rows and columns
-              at once. They take float32 and bfloat16, `Exact` and no tolerance; reverse
-              mode only. Neither has been measured yet. On another platform they raise
-              NotImplementedError, and under `jit` an error of Pallas.
+              at once. They take float32 and bfloat16, `Exact`, no tolerance and no
+              `column_tau` below 1; reverse mode only. Neither has been measured yet. On
+              another platform they raise NotImplementedError, and under `jit` an error
+              of Pallas.
 
     Returns:
         The plan, in the shape and dtype of the logits. Computed in float32 at least.
@@ -108,8 +117,9 @@ def sinkhorn(
             `num_iters` is not an integer, or an implementation other than "reference"
             is differentiated in forward mode.
         ValueError: Shapes disagree or are empty, `num_iters` is negative, `finish` or
-            `implementation` is unknown, or marginals are negative or not finite, or
-            differ in total by more than 1e-3 of it (in bfloat16, by more than its eps).
+            `implementation` is unknown, `column_tau` is outside [0, 1], or marginals
+            are negative or not finite, or differ in total by more than 1e-3 of it (in
+            bfloat16, by more than its eps) where `column_tau` is 1.
         NotImplementedError: The named implementation cannot run this problem.
 
     Reference:
@@ -118,7 +128,9 @@ def sinkhorn(
     """
     _check_arrays(logits, row_marginal, col_marginal, where)
     options = _options(num_iters, finish, gradient, tolerance)
-    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
+    problem, matrices = validated(
+        logits, row_marginal, col_marginal, where, column_tau, options
+    )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         plan = chosen.plan(problem, matrices)
@@ -132,6 +144,7 @@ def sinkhorn_potentials(
     row_marginal: Float[Array, "..."] | None = None,
     col_marginal: Float[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
+    column_tau: float | Float[Array, "..."] = 1.0,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     tolerance: float | None = None,
@@ -148,6 +161,7 @@ def sinkhorn_potentials(
         row_marginal: As in `sinkhorn`.
         col_marginal: As in `sinkhorn`.
         where: As in `sinkhorn`.
+        column_tau: As in `sinkhorn`.
         finish: As in `sinkhorn`.
         gradient: As in `sinkhorn`. With a tolerance, `Exact` differentiates the
             iterations that ran.
@@ -171,7 +185,9 @@ def sinkhorn_potentials(
     """
     _check_arrays(logits, row_marginal, col_marginal, where)
     options = _options(num_iters, finish, gradient, tolerance)
-    problem, matrices = validated(logits, row_marginal, col_marginal, where, options)
+    problem, matrices = validated(
+        logits, row_marginal, col_marginal, where, column_tau, options
+    )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         potentials = chosen.potentials(problem, matrices)

@@ -18,6 +18,7 @@ class Problem:
     s: int
     dtype: jnp.dtype  # Of the result; computation is in float32 at least.
     options: Options
+    has_tau: bool = False
 
 
 class Matrices(NamedTuple):
@@ -26,6 +27,7 @@ class Matrices(NamedTuple):
     logits: Float[Array, "M T S"]  # In the dtype of computation; -inf where excluded.
     a: Float[Array, "M T"]  # Row marginals, 0 for padding.
     b: Float[Array, "M S"]  # Column marginals, likewise.
+    tau: Float[Array, " M"] | None = None  # Part of each column step; None for all.
 
 
 class Potentials(NamedTuple):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .._core.adjoint import adjoint
 from .._core.iteration import marginal_error
+from .._core.marginals import Marginals
 from .._core.solve import solve, solve_backward, to_unit
 from .._runtime.scheduling import map_matrices, matrices_in_flight
 from ._problem import Matrices, Potentials, Problem
@@ -50,19 +51,23 @@ def _solve(problem, has_plan, matrices):
 def _solve_fwd(problem, has_plan, matrices):
     finish = problem.options.finish
 
-    def output(domain, history, a, b):
+    def output(domain, history, marginals):
         scalings = history.end(finish)
         if has_plan:
             return domain.plan(*scalings)
         f, g = domain.potentials(*scalings)
+        if marginals.tau is not None:  # The part of a scaling may have underflowed.
+            full_c = history.full_c[history.num_iters]
+            g = marginals.tau * domain.potentials(scalings[0], full_c)[1]
         # The iteration starts from g = 0, but exp(n) may have underflowed.
         g = jnp.where(history.num_iters == 0, 0, g)
-        error = marginal_error(domain, history, a, b, finish)
+        error = marginal_error(domain, history, marginals, finish)
         return Potentials(f, g, error, jnp.int32(history.num_iters))
 
     def one(matrix):
-        logits, a, b = matrix
-        return solve(lambda: logits, lambda _: (a, b), output, problem.options)
+        logits, *marginals = matrix
+        in_any_domain = lambda _: Marginals(*marginals)
+        return solve(lambda: logits, in_any_domain, output, problem.options)
 
     out, solution = map_matrices(one, matrices, _in_flight(problem, matrices))
     return out, (matrices, solution)
@@ -73,7 +78,7 @@ def _solve_bwd(problem, has_plan, residuals, cotangent):
         cotangent = cotangent.f, cotangent.g
 
     def one(matrix):
-        ((logits, a, b), solution), cotangent = matrix
+        ((logits, *marginals), solution), cotangent = matrix
         unit, size = to_unit(cotangent)
 
         def in_domain(domain):
@@ -89,10 +94,12 @@ def _solve_bwd(problem, has_plan, residuals, cotangent):
                 df, dg = unit
             history = solution.history
             correction = adjoint(
-                problem.options, domain, history, df, dg, a, b, of_plan=has_plan
+                *(problem.options, domain, history, df, dg, Marginals(*marginals)),
+                of_plan=has_plan,
             )
             dlogits = domain.logits_cotangent(r, c, direct, correction)
-            return Matrices(dlogits * size, correction.da * size, correction.db * size)
+            cotangents = Matrices(dlogits, *correction.marginals)
+            return jax.tree.map(lambda x: x * size, cotangents)
 
         return solve_backward(lambda: logits, solution, in_domain)
 

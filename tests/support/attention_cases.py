@@ -41,6 +41,12 @@ def sparse_mask():
     return jnp.asarray(allowed)
 
 
+def positive(seed, shape):
+    """Marginals, each with a total of 5."""
+    marginal = 0.2 + jax.random.uniform(jax.random.key(seed), shape)
+    return 5 * marginal / marginal.sum(axis=-1, keepdims=True)
+
+
 # Each an options dict for the library, and what the oracle calls it.
 CASES = {
     "plain": {},
@@ -59,6 +65,34 @@ CASES = {
         "query_seq_lengths": [3, 5],
         "key_value_seq_lengths": [7, 4],
         "scale": 0.7,
+    },
+    "marginals": {
+        "query_marginal": positive(6, (B, N, T)),
+        "key_marginal": positive(7, (N, S)),
+    },
+    "marginals with zeros": {
+        "query_marginal": jnp.array([2.0, 0, 1, 1, 1]),
+        "key_marginal": jnp.array([1.0, 1, 0, 1, 1, 0.5, 0.5]),
+        "mask": sparse_mask(),
+        "finish": "columns",
+    },
+    "one marginal": {
+        "key_marginal": positive(7, (B, 1, S)),
+        "query_seq_lengths": [3, 5],
+        "key_value_seq_lengths": [7, 4],
+    },
+    "column_tau": {"column_tau": 0.3},
+    "column_tau of each head": {
+        "column_tau": jnp.linspace(0, 1, B * N).reshape(B, N),
+        "query_seq_lengths": [3, 5],
+        "key_value_seq_lengths": [7, 4],
+        "finish": "columns",
+    },
+    "column_tau with unequal totals": {
+        "column_tau": 0.7,
+        "query_marginal": positive(6, (T,)),
+        "key_marginal": 2 * positive(7, (N, S)),
+        "bias": random(5, (B, N, T, S)),
     },
 }
 

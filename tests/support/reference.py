@@ -29,9 +29,18 @@ def marginals(logits, a=None, b=None):
     return a, b
 
 
-def potentials(logits, num_iters, a=None, b=None, finish="rows"):
+def without_mass(logits, a, b):
+    """-inf in rows and columns whose marginal is 0."""
+    for marginal, axis in ((a, -1), (b, -2)):
+        if marginal is not None:
+            empty = np.expand_dims(np.asarray(marginal) == 0, axis)
+            logits = np.where(empty, -np.inf, logits)
+    return logits
+
+
+def potentials(logits, num_iters, a=None, b=None, finish="rows", tau=1.0):
     """f, g and the marginal error of one matrix or a batch."""
-    logits = np.asarray(logits, np.float64)
+    logits = without_mass(np.asarray(logits, np.float64), a, b)
     a, b = marginals(logits, a, b)
     rows, cols = (logits > -np.inf).any(-1), (logits > -np.inf).any(-2)
 
@@ -46,7 +55,7 @@ def potentials(logits, num_iters, a=None, b=None, finish="rows"):
     g = np.zeros_like(b)
     f = before = row_step(g)
     for _ in range(num_iters):
-        before, g = f, col_step(f)
+        before, g = f, np.asarray(tau)[..., None] * col_step(f)
         f = row_step(g)
     if finish == "columns":
         f = before
@@ -56,9 +65,9 @@ def potentials(logits, num_iters, a=None, b=None, finish="rows"):
     return f, g, error
 
 
-def sinkhorn(logits, num_iters, a=None, b=None, finish="rows"):
-    logits = np.asarray(logits, np.float64)
-    f, g, _ = potentials(logits, num_iters, a, b, finish)
+def sinkhorn(logits, num_iters, a=None, b=None, finish="rows", tau=1.0):
+    logits = without_mass(np.asarray(logits, np.float64), a, b)
+    f, g, _ = potentials(logits, num_iters, a, b, finish, tau)
     return np.exp(logits + f[..., :, None] + g[..., None, :])
 
 
@@ -82,11 +91,14 @@ def attention_logits(
 
 
 def sinkhorn_attention(
-    query, key, value, num_iters=10, finish="rows", keep=1.0, **logits_options
+    query, key, value, num_iters=10, finish="rows", keep=1.0, sums=None, **options
 ):
-    """The output (B, T, N, D); `keep` multiplies the plan, as dropout does."""
-    logits = attention_logits(query, key, **logits_options)
-    plan = sinkhorn(logits, num_iters, finish=finish) * keep
+    """The output (B, T, N, D).
+
+    `keep` multiplies the plan, as dropout does; `sums` are a, b and tau.
+    """
+    logits = attention_logits(query, key, **options)
+    plan = sinkhorn(logits, num_iters, finish=finish, **(sums or {})) * keep
     value = np.asarray(value, np.float64)
     value = np.repeat(value, np.shape(query)[2] // value.shape[2], axis=2)
     return np.einsum("bnts,bsnd->btnd", plan, value)

@@ -8,8 +8,8 @@ step and its part of the next column step's sums come from one exponential:
 The plan is diag(r) E diag(c). The potentials f and g are fixed while the scalings r and
 c move, and absorb the scalings before these drift out of range. So sums are as exact as
 in the linear domain, however large the potentials are, and passes with the same f and g
-compute the same bits of E. As the marginals are uniform, no step after the first
-changes a scaling by more than a factor max(T, S), so checking the drift once per
+compute the same bits of E. No step after the first changes a scaling by more than a
+factor, which is max(T, S) for uniform marginals, so checking the drift once per
 iteration is enough.
 
 The backward pass makes one pass for the seeds and dV, one for each iteration of the
@@ -55,7 +55,9 @@ def attend(problem: Problem, operands: Operands) -> Attended:
 
 
 def why_not(problem: Problem) -> str | None:
-    """A reason for `Implicit`: the backward pass undoes the iterations that ran."""
+    """A reason for what needs other iterations than `num_iters` of them."""
+    if problem.options.tolerance is not None:
+        return f"it takes no tolerance, got {problem.options.tolerance}"
     if isinstance(problem.options.gradient, Implicit):
         return "it takes gradient=Exact() and Truncated(k), not Implicit"
     return None

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._core.marginals import Marginals
 from ..._core.precision import dot
 from ..._runtime.vmap import with_fallback
-from .._problem import uniform_marginals
+from .._heads import HeadCotangents
 from .forward import PlanFactors
-from .query_blocks import QueryBlocks
+from .query_blocks import QueryBlocks, over_row_marginal
 
 
 class _Sweep(NamedTuple):
@@ -38,21 +39,28 @@ def backward(
     do_t: Float[Array, "D T"],  # The cotangent of the output.
     df: Float[Array, " T"],  # The seed of docs/architecture.md (6).
     history: PlanFactors,  # From `forward`.
-) -> tuple[tuple[Array, Array, Array], Array | None]:
-    """Cotangents of query [T, H], key [H, S] and value [D, S], and of the bias."""
-    ends_on_rows = blocks.heads.problem.options.finish == "rows"
+) -> tuple[HeadCotangents, Array | None]:
+    """Cotangents of a head, and of its bias."""
+    heads = blocks.heads
+    ends_on_rows = heads.problem.options.finish == "rows"
     end = jax.tree.map(lambda x: x[-1], history)
-    last_weight = df if ends_on_rows else jnp.zeros_like(df)
-    dv_t, dg = _seeds(blocks, end, value_t, do_t, last_weight, ends_on_rows)
-    df = jnp.zeros_like(df) if ends_on_rows else df
-    sweep = _reverse_sweep(blocks, history, df, dg)
+    marginals = heads.marginals(blocks.head, end.r != 0, end.full_c != 0)
+    last_weight = jnp.zeros_like(df)
+    if ends_on_rows:
+        last_weight = over_row_marginal(df, blocks.row_marginal)
+    dv_t, dg = _seeds(blocks, end, value_t, do_t, last_weight)
+    if ends_on_rows:
+        dg, df = _with_total(dg, 0, marginals.b), jnp.zeros_like(df)
+    sweep, dtau = _reverse_sweep(blocks, history, df, dg, marginals)
     dq, dk_t, dbias = _logits_pass(
         blocks, query_t, value_t, do_t, end, last_weight, sweep
     )
-    return (dq, dk_t, dv_t), dbias
+    da = last_weight + sweep.row_weight.sum(axis=0)
+    given = heads.given_marginals(Marginals(da, sweep.col_weight.sum(axis=0), dtau))
+    return HeadCotangents(dq, dk_t, dv_t, given), dbias
 
 
-def _seeds(blocks, end, value_t, do_t, last_weight, ends_on_rows):
+def _seeds(blocks, end, value_t, do_t, last_weight):
     """Cotangents of the values and, with the last row step undone, of the last g."""
     low = blocks.heads.low
 
@@ -66,49 +74,61 @@ def _seeds(blocks, end, value_t, do_t, last_weight, ends_on_rows):
 
     dv_t, sums = blocks.fold(body, (jnp.zeros_like(value_t), jnp.zeros_like(end.c)))
     dv_t = dv_t * end.c[None]
-    dg = (value_t * dv_t).sum(axis=0) - sums * end.c
-    return dv_t, _balanced(dg, end.c) if ends_on_rows else dg
+    return dv_t, (value_t * dv_t).sum(axis=0) - sums * end.c
 
 
-def _reverse_sweep(blocks, history, df, dg):
-    """Weights and plans of all kept iterations, by docs/architecture.md (4), (5)."""
+def _reverse_sweep(blocks, history, df, dg, marginals):
+    """Weights and plans of all kept iterations, by docs/architecture.md (4), (5).
+
+    Then the cotangent of tau, None without one.
+    """
     before = jax.tree.map(lambda x: x[:-1], history)
     after = jax.tree.map(lambda x: x[1:], history)
     # Where the potentials absorbed the scalings, c alone is not the whole step.
-    col_c = after.c * jnp.exp(after.g - before.g)
-    _, b = uniform_marginals(history.r[-1] != 0, history.c[-1] != 0, df.dtype)
+    col_c = after.full_c * jnp.exp(after.g - before.g)
+    _, b, tau = marginals
     cols = b != 0
+    # Of the cotangents of g after undoing an iteration. It is 0 for all but the first
+    # of those that end on columns.
+    total = jnp.zeros((), df.dtype) if tau is None else tau * dg.sum() - df.sum()
 
     def undo_full_iteration(carry, step):
-        df, dg = carry
+        df, dg, total = carry
         state, col_c = step
-        col_weight = jnp.where(cols, dg / jnp.where(cols, b, 1), 0)
+        full_dg = dg if tau is None else tau * dg
+        col_weight = jnp.where(cols, full_dg / jnp.where(cols, b, 1), 0)
+        dtau = None
+        if tau is not None:
+            dtau = jnp.vdot(dg, state.g + jnp.log(jnp.where(cols, col_c, 1)))
 
         def body(block, carry):
             row_weight, sums = carry
             kernel, r = block.kernel(state.f, state.g), block.take(state.r)
             weight = block.take(df) - r * dot(kernel, col_c * col_weight)
+            weight = over_row_marginal(weight, block.row_marginal)
             sums = sums + block.sum_rows(weight * r, kernel)
             return block.put(row_weight, weight), sums
 
         row_weight, sums = blocks.fold(body, (jnp.zeros_like(df), jnp.zeros_like(dg)))
         # The cotangents from outside reach only the potentials of the result.
-        dg = _balanced(-sums * state.c, state.c)
-        return (jnp.zeros_like(df), dg), (row_weight, col_weight)
+        dg = _with_total(-sums * state.c, total, b)
+        total = total if tau is None else tau * total
+        return (jnp.zeros_like(df), dg, total), (row_weight, col_weight, dtau)
 
-    steps = before, col_c
-    _, weights = jax.lax.scan(undo_full_iteration, (df, dg), steps, reverse=True)
-    return _Sweep(before, col_c, *weights)
+    init, steps = (df, dg, total), (before, col_c)
+    _, (*weights, dtau) = jax.lax.scan(undo_full_iteration, init, steps, reverse=True)
+    dtau = dtau if tau is None else dtau.sum()
+    return _Sweep(before, col_c, *weights), dtau
 
 
-def _balanced(dg, c):
-    """Cotangents of g whose total is 0, as it is without rounding.
+def _with_total(dg, total, b):
+    """Cotangents of g whose total is what it is without rounding.
 
     A number added to f and taken off g changes no plan. No step of the sweep would make
-    the error smaller, so it would add up over the iterations. Padding has a c of 0.
+    the error smaller, so it would add up over the iterations.
     """
-    cols = (c != 0).astype(dg.dtype)
-    return dg - cols * (dg.sum() / jnp.maximum(cols.sum(), 1))
+    sum_b = b.sum()
+    return dg - b * ((dg.sum() - total) / jnp.where(sum_b == 0, 1, sum_b))
 
 
 def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):

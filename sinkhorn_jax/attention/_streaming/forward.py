@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._core.gradient import kept_iterations
+from ..._core.marginals import Marginals
 from ..._core.precision import dot
 from ..._runtime.vmap import with_fallback
-from .._problem import uniform_marginals
 from .query_blocks import QueryBlocks
 
 # Natural logarithms. Entries below the least float32, exp(-87), are lost. They may be a
@@ -17,35 +17,55 @@ from .query_blocks import QueryBlocks
 HIDDEN: Final = -40.0
 # Beyond exp(MAX_DRIFT) the potentials absorb the scalings. One more step makes these
 # max(T, S) times larger at most, so r c exp(-87) is far below the eps of float32, and
-# the entries that are lost do not matter.
+# the entries that are lost do not matter. For marginals that are not uniform, the
+# factor is the spread, the total over the least of them, and what is lost must be small
+# beside the least: spread^3 exp(2 drift - 87) < eps / 8, which is about exp(-18).
 MAX_DRIFT: Final = 20.0
 
 
 class PlanFactors(NamedTuple):
     """The plan diag(r) exp(Z + f + g) diag(c), with zeros for padding.
 
-    A leading axis K is the plans of K states of the iteration.
+    A leading axis K is the plans of K states of the iteration. With a tau, g is near
+    the whole column potential h, exp(h) = full_c exp(g), of which c exp(g) is
+    exp(tau h). Then c underflows where a column has no weight, and full_c does not.
     """
 
     f: Float[Array, "*K T"]
     g: Float[Array, "*K S"]
     r: Float[Array, "*K T"]
     c: Float[Array, "*K S"]
+    part_of: Float[Array, "*K S"] | None = None  # `full_c`; None where `c` is that.
 
-    def absorb(self) -> "PlanFactors":
-        """The same plan; f and g absorb r and c if these are far from 1.
+    @property
+    def full_c(self) -> Float[Array, "*K S"]:
+        """The column scaling with which the columns have their sums."""
+        return self.c if self.part_of is None else self.part_of
 
-        What large potentials round off stays in r and c, which are then not quite 1.
+    def after_col_step(self, full_c, marginals: Marginals, max_drift) -> "PlanFactors":
+        """The state after a column step, all of which would end in `full_c`.
+
+        f and g absorb r and full_c if these are far from 1. What large potentials round
+        off stays in r and full_c, which are then not quite 1.
         """
-        log_r, log_c = (jnp.log(jnp.where(x == 0, 1, x)) for x in (self.r, self.c))
+        log_r, log_c = (jnp.log(jnp.where(x == 0, 1, x)) for x in (self.r, full_c))
         drift = jnp.maximum(jnp.abs(log_r).max(), jnp.abs(log_c).max())
         f, rest_of_r = _add_exactly(self.f, log_r)
         g, rest_of_c = _add_exactly(self.g, log_c)
         r = jnp.where(self.r == 0, 0, jnp.exp(rest_of_r))
-        c = jnp.where(self.c == 0, 0, jnp.exp(rest_of_c))
+        c = jnp.where(full_c == 0, 0, jnp.exp(rest_of_c))
         absorbed = PlanFactors(f, g, r, c)
-        choose = lambda x, y: jnp.where(drift > MAX_DRIFT, x, y)
-        return jax.tree.map(choose, absorbed, self)
+        choose = lambda x, y: jnp.where(drift > max_drift, x, y)
+        state = jax.tree.map(choose, absorbed, self._replace(c=full_c, part_of=None))
+        return state.part_way(marginals.tau)
+
+    def part_way(self, tau) -> "PlanFactors":
+        """The state with the part `tau` of the column potential; None is all of it."""
+        if tau is None:
+            return self
+        log_c = jnp.log(jnp.where(self.c == 0, 1, self.c))
+        part = jnp.exp((tau - 1) * self.g + tau * log_c)
+        return self._replace(c=jnp.where(self.c == 0, 0, part), part_of=self.c)
 
 
 def forward(
@@ -60,15 +80,18 @@ def forward(
     """
     problem = blocks.heads.problem
     options = problem.options
-    start, a, b, out, sums = _softmax(blocks, value)
+    start, marginals, out, sums = _softmax(blocks, value)
+    a, b, _ = marginals
     if options.num_iters == 0:
         error = _marginal_error(sums, b, a) if problem.return_marginal_error else None
         return (out, error), _stack(start)
 
+    max_drift = _max_drift(blocks, marginals)
+
     def iterate(state, _):
         r, sums = _full_pass(blocks, state)
         done = state._replace(r=r)
-        return done._replace(c=_divide(b, sums)).absorb(), done
+        return done.after_col_step(_divide(b, sums), marginals, max_drift), done
 
     last, states = jax.lax.scan(iterate, start, None, length=options.num_iters - 1)
     out, r, row_sums, col_sums = _apply(blocks, last, value)
@@ -103,7 +126,7 @@ def _softmax(blocks, value):
         m_i = jnp.maximum(logits.max(axis=1), lowest)
         shifted = logits - m_i[:, None]
         kernel = jnp.exp(shifted)
-        r_i = _divide(1, kernel.sum(axis=1))
+        r_i = _row_scaling(block, kernel.sum(axis=1))
         top = jnp.maximum(top, shifted.max(axis=0))
         sums = sums + block.sum_rows(r_i, kernel)
         if is_result:
@@ -115,12 +138,13 @@ def _softmax(blocks, value):
     init = zeros(t), zeros(t), top, zeros(s), zeros(t, value.shape[1])
     m, r, top, sums, out = blocks.fold(first_pass, init)
     rows, cols = r != 0, top != -jnp.inf
-    a, b = uniform_marginals(rows, cols, dtype)
+    marginals = heads.marginals(blocks.head, rows, cols)
+    b = marginals.b
     # Without log r in f, logits + f is exact.
     f = jnp.where(rows, -m, 0)
     start = PlanFactors(f, jnp.zeros_like(b), r, cols.astype(dtype))
     if is_result:
-        return start, a, b, out, sums
+        return start, marginals, out, sums
     top = jnp.where(cols, top, 0)
 
     def under_column_maxima():
@@ -135,7 +159,8 @@ def _softmax(blocks, value):
     log_c = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1))
     g, rest = _add_exactly(jnp.where(cols, -shift, 0), log_c)
     c = jnp.where(cols, jnp.exp(rest), 0)
-    return start._replace(g=jnp.where(cols, g, 0), c=c), a, b, out, sums
+    start = start._replace(g=jnp.where(cols, g, 0), c=c)
+    return start.part_way(marginals.tau), marginals, out, sums
 
 
 def _full_pass(blocks, state):
@@ -144,7 +169,7 @@ def _full_pass(blocks, state):
     def body(block, carry):
         r, sums = carry
         kernel = block.kernel(state.f, state.g)
-        r_i = _divide(1, dot(kernel, state.c))
+        r_i = _row_scaling(block, dot(kernel, state.c))
         return block.put(r, r_i), sums + block.sum_rows(r_i, kernel)
 
     return blocks.fold(body, (jnp.zeros_like(state.r), jnp.zeros_like(state.c)))
@@ -161,7 +186,7 @@ def _apply(blocks, state, value):
         kernel = block.kernel(state.f, state.g)
         row_sums_i = dot(kernel, state.c)
         if ends_on_rows:
-            r = block.put(r, _divide(1, row_sums_i))
+            r = block.put(r, _row_scaling(block, row_sums_i))
         out = block.put(out, block.apply(block.take(r), kernel, value))
         if problem.return_marginal_error:
             row_sums = block.put(row_sums, row_sums_i)
@@ -171,6 +196,22 @@ def _apply(blocks, state, value):
     out = jnp.zeros((problem.t, value.shape[1]), value.dtype)
     row_sums, col_sums = jnp.zeros_like(state.r), jnp.zeros_like(state.c)
     return blocks.fold(body, (out, state.r, row_sums, col_sums))
+
+
+def _row_scaling(block, sums):
+    """What the sums must be multiplied by to be the row marginal."""
+    a = block.row_marginal
+    return _divide(1 if a is None else a, sums)
+
+
+def _max_drift(blocks, marginals):
+    if blocks.row_marginal is None:
+        return MAX_DRIFT
+    total = jnp.maximum(marginals.a.sum(), marginals.b.sum())
+    least = [jnp.where(x == 0, total, x).min() for x in marginals[:2]]
+    log_spread = jnp.log(total) - jnp.log(jnp.minimum(*least))
+    limit = (-18.0 + 87.0 - 3 * log_spread) / 2
+    return jnp.clip(limit, 0, MAX_DRIFT)
 
 
 def _add_exactly(potential, log_scaling):

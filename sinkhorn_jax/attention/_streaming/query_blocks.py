@@ -86,6 +86,12 @@ class QueryBlock:
         """`x` with the block's rows replaced."""
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start, axis=0)
 
+    @property
+    def row_marginal(self) -> Float[Array, " I"] | None:
+        """The row sums that the caller gave; None for uniform ones."""
+        marginal = self._blocks.row_marginal
+        return None if marginal is None else self.take(marginal)
+
     def logits(self) -> Float[Array, "I S"]:
         """Logits with bias, -inf where excluded; the same bits in every pass."""
         blocks = self._blocks
@@ -128,11 +134,21 @@ class QueryBlock:
         return dbias + self.sum_rows(ones, dlogits)[None]
 
 
+def over_row_marginal(
+    cotangent: Float[Array, " I"], a: Float[Array, " I"] | None
+) -> Float[Array, " I"]:
+    """The weight of a row step from the cotangent of its potential; 0 for padding."""
+    if a is None:  # 1, and padding has no cotangent.
+        return cotangent
+    return jnp.where(a == 0, 0, cotangent / jnp.where(a == 0, 1, a))
+
+
 class QueryBlocks:
     """All query blocks of one head."""
 
     def __init__(self, heads: Heads, head: Int[Array, ""], rows: int):
         self.heads, self.head, self.rows = heads, head, rows
+        self.row_marginal = heads.row_marginal(head)
         self.query = heads.query(head, heads.product_dtype)
         self.key_t = heads.key(head).astype(heads.product_dtype).T
 

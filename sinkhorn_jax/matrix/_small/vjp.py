@@ -31,12 +31,14 @@ def solvers(kernels: Kernels) -> tuple[Callable[..., Array], Callable[..., Poten
 
     @functools.partial(jax.jit, static_argnums=0)
     def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
-        out: Any = _solve(kernels, problem, True, *varying_like(matrices, matrices))
+        matrices = varying_like(matrices, matrices)
+        out: Any = _solve(kernels, problem, True, *matrices[:3])
         return out[0]
 
     @functools.partial(jax.jit, static_argnums=0)
     def potentials(problem: Problem, matrices: Matrices) -> Potentials:
-        out: Any = _solve(kernels, problem, False, *varying_like(matrices, matrices))
+        matrices = varying_like(matrices, matrices)
+        out: Any = _solve(kernels, problem, False, *matrices[:3])
         f, g, error = out
         num_iters = jnp.full(error.shape, problem.options.num_iters, jnp.int32)
         return Potentials(f, g, error, num_iters)
@@ -55,6 +57,8 @@ def why_not(problem: Problem, platform: str) -> str | None:
         )
     if problem.options.tolerance is not None:
         return f"it takes no tolerance, got {problem.options.tolerance}"
+    if problem.has_tau:
+        return "it takes no column_tau but the number 1"
     if not isinstance(problem.options.gradient, Exact):
         return f"it takes gradient=Exact(), got {problem.options.gradient}"
     return None

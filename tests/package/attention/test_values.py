@@ -12,6 +12,7 @@ from support.attention_cases import (
     ATOL,
     CASES,
     PLAIN,
+    B,
     D,
     H,
     K,
@@ -34,9 +35,16 @@ pytestmark = pytest.mark.usefixtures("short_query_blocks")
 
 
 def oracle_options(options):
-    names = "query_seq_lengths", "key_value_seq_lengths"
-    return {k: v for k, v in options.items() if k not in names} | {
-        "lengths": tuple(options.get(name) for name in names)
+    lengths = "query_seq_lengths", "key_value_seq_lengths"
+    sums = {"query_marginal": "a", "key_marginal": "b", "column_tau": "tau"}
+    shapes = {"query_marginal": (B, N, T), "key_marginal": (B, N, S)}
+    return {k: v for k, v in options.items() if k not in (*lengths, *sums)} | {
+        "lengths": tuple(options.get(name) for name in lengths),
+        "sums": {
+            short: np.broadcast_to(options[name], shapes.get(name, (B, N)))
+            for name, short in sums.items()
+            if name in options
+        },
     }
 
 
@@ -55,9 +63,9 @@ def test_agrees_with_the_oracle(implementation, case):
     oracle = oracle_options(options)
     expected = reference.sinkhorn_attention(*operands, num_iters=3, **oracle)
     np.testing.assert_allclose(out, expected, atol=ATOL["float64"])
-    finish = oracle.pop("finish", "rows")
+    finish, sums = oracle.pop("finish", "rows"), oracle.pop("sums")
     logits = reference.attention_logits(*operands[:2], **oracle)
-    expected = reference.potentials(logits, 3, finish=finish)[2]
+    expected = reference.potentials(logits, 3, finish=finish, **sums)[2]
     np.testing.assert_allclose(error, expected, atol=ATOL["float64"])
 
 

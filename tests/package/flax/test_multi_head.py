@@ -12,6 +12,7 @@ from support import reference
 
 import sinkhorn_jax.linen
 import sinkhorn_jax.nnx
+from sinkhorn_jax import sinkhorn_attention
 
 HEADS, FEATURES, T, S = 2, 8, 6, 5
 NUM_ITERS = 3
@@ -374,6 +375,74 @@ def test_junk_that_mask_and_lengths_exclude_together(framework, kind):
         return jax.value_and_grad(loss, (0, 1))(parameters, given)
 
     chex.assert_trees_all_equal(gradients(np.nan), gradients(0.0))
+
+
+@frameworks
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"column_tau": 0.3},
+        {"column_tau": "learned", "initial_column_tau": 0.3},
+        {"tolerance": 0.05},
+    ],
+    ids=str,
+)
+def test_marginals_and_options_reach_the_plan(framework, options):
+    layer, x = framework(num_iters=NUM_ITERS, **options), tokens()
+    marginals = {
+        "query_marginal": 0.5 + jax.random.uniform(jax.random.key(3), (3, HEADS, T)),
+        "key_marginal": jnp.array([2.0, 1, 1, 1, 0.5, 0]),
+    }
+    total = marginals["key_marginal"].sum()
+    rows = marginals["query_marginal"].sum(axis=-1, keepdims=True)
+    marginals["query_marginal"] *= total / rows
+    sown = layer.sown(x, sow_weights=True, sow_marginal_error=True, **marginals)
+    query, key = (
+        jnp.einsum("btd,dnh->btnh", x, layer.parameters[name]["kernel"])
+        for name in ("query", "key")
+    )
+    plan, error = sinkhorn_attention(
+        query,
+        key,
+        jnp.broadcast_to(jnp.eye(T, dtype=x.dtype)[:, None], (3, T, HEADS, T)),
+        num_iters=NUM_ITERS,
+        column_tau=0.3 if "column_tau" in options else 1.0,
+        tolerance=options.get("tolerance"),
+        return_marginal_error=True,
+        **marginals,
+    )
+    plan = jnp.swapaxes(plan, 1, 2)
+    chex.assert_trees_all_close(sown["attention_weights"], plan, atol=1e-5)
+    chex.assert_trees_all_close(sown["marginal_error"], error, atol=1e-5)
+
+
+@frameworks
+def test_a_learned_column_tau_learns(framework):
+    layer, x = framework(column_tau="learned", initial_column_tau=0.3), tokens()
+    logits = layer.parameters["column_tau_logit"]
+    logits = logits if framework is Linen else logits[...]
+    np.testing.assert_allclose(jax.nn.sigmoid(logits), [0.3] * HEADS, rtol=1e-6)
+    if framework is Linen:
+        gradient = jax.grad(
+            lambda variables: (layer.layer.apply(variables, x) ** 2).sum()
+        )(layer.variables)["params"]["column_tau_logit"]
+    else:
+        loss = lambda layer: (layer(x) ** 2).sum()
+        gradient = nnx.grad(loss)(layer.layer)["column_tau_logit"][...]
+    assert (abs(gradient) > 1e-6).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@frameworks
+def test_wrong_column_taus_are_explained(framework):
+    x = tokens()
+    for options, says in (
+        ({"column_tau": 1.5}, "between 0 .* and 1"),
+        ({"column_tau": "learnt"}, "'learned', got 'learnt'"),
+        ({"column_tau": "learned", "initial_column_tau": 1.0}, "initial_column_tau"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            framework(**options)(x)
 
 
 def test_nnx_options_are_attributes_that_can_be_set():
