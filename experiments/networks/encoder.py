@@ -48,8 +48,8 @@ class Encoder(nn.Module):
     `has_conv_stem` the same number of tokens through 3 x 3 convolutions of stride 2,
     after Xiao et al. 2021, https://arxiv.org/abs/2106.14881. All tokens share the
     projection to the width unless `has_own_projections`. Parameters do not depend
-    on `num_iters`, `finish` and `logit_scale`, so the parameters of a softmax encoder
-    serve a Sinkhorn encoder.
+    on `num_iters`, `finish`, `column_tau` and `logit_scale`, so the parameters of a
+    softmax encoder serve a Sinkhorn encoder.
     """
 
     depth: int
@@ -71,6 +71,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32  # The computation's; parameters are float32.
     has_remat: bool = False  # Recompute layers in the backward pass.
     finish: Finish = "rows"  # The side that the last half step normalises.
+    column_tau: float = 1.0  # 1 is doubly stochastic, 0 is softmax.
     logit_scale: float = 1.0  # Multiplies the attention's logits; inverse temperature.
 
     def __post_init__(self):
@@ -144,6 +145,7 @@ class Encoder(nn.Module):
                 num_iters=self.num_iters,
                 scale=self.logit_scale / math.sqrt(self.width // self.num_heads),
                 finish=self.finish,
+                column_tau=self.column_tau,
                 # Without biases pure attention is the recursion of pure_attention.py.
                 use_bias=False,
                 dtype=self.dtype,

@@ -32,6 +32,7 @@ from ..evidence import files
 from ..evidence.claims import Finding
 from ..figures import (
     study_courses,
+    study_dial,
     study_entropy,
     study_paths,
     study_rows,
@@ -40,7 +41,7 @@ from ..figures import (
 from ..figures.study import draw
 from ..networks.options import Network, require_increasing, require_positive
 from ..networks.pure_attention import growth, random_curves
-from ..study import escape, more, plan, rows
+from ..study import dial, escape, more, plan, rows
 from ..study.bag_of_words import linear_accuracy
 from ..study.cell import Sizes
 from ..study.observe import DEFINITIONS, significant
@@ -116,6 +117,7 @@ PRESETS: Final = MappingProxyType(
             text=dataclasses.replace(plan.TEXT, seeds=escape.SEEDS),
             no_skip_rates=(escape.RATE,),
         ),
+        "dial": Config(preset="dial"),
         "sinkformer_imdb": Config(
             preset="sinkformer_imdb", text=SINKFORMER, rates=(1e-4,)
         ),
@@ -171,6 +173,7 @@ def run(config: Config) -> dict[str, Any] | None:
         "primary": lambda: config.primary,
         "secondary": lambda: more.secondary(config.text, config.images),
         "escape": lambda: [escape.contrast(config.text, config.no_skip_rates)],
+        "dial": lambda: dial.contrasts(config.images),
         "sinkformer_imdb": lambda: more.full_size(config.text, config.rates[0]),
         "vit": lambda: more.full_size(config.images, config.rates[0]),
     }
@@ -208,9 +211,12 @@ def run(config: Config) -> dict[str, Any] | None:
             contrasts = [*_of_primary(config, store), *contrasts]
         measured["rows"] = [rows.row(contrast, store.get) for contrast in contrasts]
     measured["curves"] = [rows.curves(cell, store.get(cell)) for cell in cells]
-    figure = {"secondary": study_rows.draw, "escape": study_courses.draw}.get(
-        config.preset, draw
-    )
+    figures = {
+        "secondary": study_rows.draw,
+        "escape": study_courses.draw,
+        "dial": study_dial.draw,
+    }
+    figure = figures.get(config.preset, draw)
     options = {"question": "study", "others": others}
     return files.write_result(
         config.preset, config, measured, findings, figure, start, **options

@@ -72,6 +72,7 @@ class Cell:
     has_skip: bool = True  # Around attention and MLPs.
     pooling: Pooling = "class_token"
     depth: int = 6  # Layers; that of `sizes` is not used.
+    column_tau: float = 1.0  # How strictly columns have equal sums.
 
     @property
     def name(self) -> str:
@@ -80,9 +81,10 @@ class Cell:
         design = (sizes.task, self.layer_norm, skip, self.pooling)
         numbers = f"w{sizes.width}-d{self.depth}-u{sizes.num_steps}"
         rate, iters = f"rate{self.learning_rate:g}", f"iters{self.num_iters}"
+        tau = (f"tau{self.column_tau:g}",) if self.column_tau != 1 else ()
         first = sizes.seeds[0]
         seeds = (f"seed{first}",) if first else ()
-        return "-".join((*design, numbers, rate, iters, *seeds))
+        return "-".join((*design, numbers, rate, iters, *tau, *seeds))
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -92,6 +94,8 @@ class Cell:
         unused = _OF_IMAGES if self.sizes.task == "imdb" else _OF_TEXTS
         for name in ("depth", *unused):
             del sizes[name]
+        if self.column_tau == 1:  # As in the files of cells that had no other.
+            del fields["column_tau"]
         return {**sizes, **fields}
 
     def encoder(self, vocab_size: int | None) -> Encoder:
@@ -105,6 +109,7 @@ class Cell:
             num_heads=sizes.num_heads,
             mlp_width=sizes.mlp_width,
             num_iters=self.num_iters,
+            column_tau=self.column_tau,
             layer_norm=self.layer_norm,
             pooling=self.pooling,
             num_classes=sizes.num_classes,

@@ -115,6 +115,7 @@ def curves(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
         "has_skip": cell.has_skip,
         "pooling": cell.pooling,
         "num_iters": cell.num_iters,
+        "column_tau": cell.column_tau,
         "learning_rate": cell.learning_rate,
         "untested": why_untested(cell, result),
         "has_learned": has_learned(cell, result).tolist(),

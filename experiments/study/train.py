@@ -123,8 +123,9 @@ def train_and_measure(cell: Cell) -> dict[str, Any]:
         "validation_accuracy": accuracy(model, **options).tolist(),
         "uniform_accuracy": accuracy(model.clone(logit_scale=0.0), **options).tolist(),
     }
-    # Without skip connections the deeper matrices are uniform but for rounding.
-    if cell.layer_norm == "pre" and cell.has_skip:
+    # Without skip connections the deeper matrices are uniform but for rounding. Paths
+    # compare softmax with Sinkhorn, not what is between them.
+    if cell.layer_norm == "pre" and cell.has_skip and cell.column_tau == 1:
         result["paths"] = _paths(cell, model, params, measured)
     return result
 
