@@ -26,11 +26,12 @@ from .attention._api import (
     prepare,
     without_padding,
 )
-from .attention._problem import Dropout, GivenMarginals
+from .attention._problem import Dropout, GivenMarginals, GivenPattern
 from .attention._reference import explicit_logits
 from .attention._validate import (
     PADDED_QUERIES,
     check_pattern,
+    check_window,
     checked_tolerance,
     static_scale,
 )
@@ -53,6 +54,8 @@ class LayerMask(NamedTuple):
     query_marginal: Float[Array, "..."] | None = None  # Broadcast to (*batch, N, T).
     key_marginal: Float[Array, "..."] | None = None
     column_tau: Float[Array, " N"] | None = None  # Instead of that of the options.
+    query_segment_ids: Integer[Array, "..."] | None = None  # Broadcast to (*batch, T).
+    key_segment_ids: Integer[Array, "..."] | None = None
 
     def of_self_attention(self) -> "LayerMask":
         """Mask and lengths for self-attention: queries and keys are the same tokens.
@@ -71,7 +74,12 @@ class LayerMask(NamedTuple):
             mask = numpy.atleast_2d(mask.astype(bool))
             if mask.shape[-2] == 1:
                 mask = mask & numpy.swapaxes(mask, -1, -2)
-        return self._replace(mask=mask, key_value_seq_lengths=lengths)
+        ids = self.key_segment_ids
+        if ids is None:
+            ids = self.query_segment_ids
+        return self._replace(
+            mask=mask, key_value_seq_lengths=lengths, key_segment_ids=ids
+        )
 
     def zero_padding(
         self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
@@ -84,6 +92,8 @@ class LayerMask(NamedTuple):
         s = t if inputs_k is None else inputs_k.shape[-2]
         queries = _within(self.query_seq_lengths, (*batch, t))
         keys = _within(self.key_value_seq_lengths, (*batch, s))
+        queries = _in_segment(self.query_segment_ids, (*batch, t), queries)
+        keys = _in_segment(self.key_segment_ids, (*batch, s), keys)
         if self.mask is not None:
             queries, keys = _allowed(self.mask, queries, keys, batch, t, s)
         if inputs_k is None:
@@ -105,10 +115,12 @@ class PlanOptions:
     implementation: AttentionImplementation | None
     column_tau: float = 1.0
     tolerance: float | None = None
+    local_window_size: int | tuple[int, int] | None = None
 
     def __post_init__(self):
         _ = self.iteration  # Made for its checks.
         object.__setattr__(self, "column_tau", static_tau(self.column_tau))
+        check_window(self.local_window_size, 2, 2)
         if self.scale is not None:
             object.__setattr__(self, "scale", static_scale(self.scale))
         check_name(IMPLEMENTATIONS, self.implementation)
@@ -158,7 +170,8 @@ class PlanOptions:
             (query, key, value, bias, mask),
             (query_seq_lengths, key_value_seq_lengths),
             options=self.iteration,
-            marginals=self._marginals(masks, batch, query.shape[2]),
+            marginals=self._marginals(masks, batch),
+            pattern=self._pattern(masks, batch, query.shape[1], key.shape[1]),
             dropout=dropout,
             scale=self.scale,
             is_causal=is_causal,
@@ -166,14 +179,24 @@ class PlanOptions:
         )
         out, error = attend(problem, operands, self.implementation)
         if sow_plan is not None:
-            operands, _ = without_padding(operands)
+            operands, _ = without_padding(problem, operands)
             plan = self._plan(explicit_logits(problem, operands), operands)
             sow_plan(plan.reshape(*batch, *plan.shape[1:]))
         if sow_error is not None and error is not None:
             sow_error(error.reshape(*batch, error.shape[-1]))
         return out.reshape(*batch, *out.shape[1:])
 
-    def _marginals(self, masks, batch, num_heads):
+    def _pattern(self, masks, batch, t, s):
+        ids = (masks.query_segment_ids, t), (masks.key_segment_ids, s)
+        query, key = (
+            None
+            if x is None
+            else jnp.broadcast_to(x, (*batch, length)).reshape(-1, length)
+            for x, length in ids
+        )
+        return GivenPattern(query, key, self.local_window_size)
+
+    def _marginals(self, masks, batch):
         tau = self.column_tau if masks.column_tau is None else masks.column_tau
         query, key = (
             None if x is None else _with_one_batch_axis(name, x, batch, num_axes=2)
@@ -228,6 +251,14 @@ def _within(lengths, shape):
     lengths = jnp.broadcast_to(jnp.asarray(lengths), shape[:-1]).astype(jnp.int32)
     position = jnp.arange(shape[-1], dtype=jnp.int32)
     return jnp.broadcast_to(position, shape) < lengths[..., None]
+
+
+def _in_segment(ids, shape, tokens):
+    """Those of the tokens (*batch, L) that are in a segment; None means all."""
+    if ids is None:
+        return tokens
+    inside = jnp.broadcast_to(jnp.asarray(ids) > 0, shape)
+    return inside if tokens is None else inside & tokens
 
 
 def _allowed(mask, queries, keys, batch, t, s):

@@ -25,6 +25,7 @@ def attention_fn(
     implementation: AttentionImplementation | None = None,
     column_tau: float = 1.0,
     tolerance: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of linen's multi-head layers doubly stochastic.
 
@@ -43,6 +44,7 @@ def attention_fn(
         implementation: The implementation.
         column_tau: 1 is doubly stochastic and 0 softmax attention; a Python number.
         tolerance: The marginal error to stop at.
+        local_window_size: The window of each query.
 
     Returns:
         A function with the arguments of `nn.dot_product_attention`.
@@ -50,7 +52,7 @@ def attention_fn(
     return _AttentionFn(
         PlanOptions(
             *(num_iters, scale, finish, gradient, implementation),
-            *(column_tau, tolerance),
+            *(column_tau, tolerance, local_window_size),
         )
     )
 
@@ -111,12 +113,13 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     (B, 1, 1, S)) excludes the padded queries as well.
 
     Attributes:
-        num_iters: As in `attention_fn`; likewise the five attributes after it.
+        num_iters: As in `attention_fn`; likewise the six attributes after it.
         scale: The inverse temperature.
         finish: The last half step.
         gradient: The derivative.
         implementation: The implementation.
         tolerance: The marginal error to stop at.
+        local_window_size: The window of each query.
         column_tau: As in `attention_fn`, or "learned" for one in each head: the sigmoid
             of the parameter "column_tau_logit" (N,).
         initial_column_tau: Where a learned `column_tau` starts, between 0 and 1. At
@@ -130,6 +133,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
     gradient: Gradient = Exact()
     implementation: AttentionImplementation | None = None
     tolerance: float | None = None
+    local_window_size: int | tuple[int, int] | None = None
     column_tau: float | Literal["learned"] = 1.0
     initial_column_tau: float = 0.5
 
@@ -143,6 +147,8 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
         mask: Array | None = None,
         query_seq_lengths: Integer[Array, "..."] | None = None,
         key_value_seq_lengths: Integer[Array, "..."] | None = None,
+        query_segment_ids: Integer[Array, "..."] | None = None,
+        key_segment_ids: Integer[Array, "..."] | None = None,
         query_marginal: Float[Array, "..."] | None = None,
         key_marginal: Float[Array, "..."] | None = None,
         deterministic: bool | None = None,
@@ -163,6 +169,9 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             mask: Nonzero where a query may attend to a key; not causal.
             query_seq_lengths: Valid tokens of `inputs_q`.
             key_value_seq_lengths: Valid tokens of `inputs_k`.
+            query_segment_ids: The segment of each token of `inputs_q`; broadcasts to
+                (*batch, T). In self-attention those of the keys too.
+            key_segment_ids: The segment of each token of `inputs_k`.
             query_marginal: Row sums of the plan; broadcasts to (*batch, N, T).
             key_marginal: Column sums; broadcasts to (*batch, N, S).
             deterministic: Whether to leave dropout out.
@@ -188,6 +197,8 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             query_marginal=query_marginal,
             key_marginal=key_marginal,
             column_tau=tau,
+            query_segment_ids=query_segment_ids,
+            key_segment_ids=key_segment_ids,
         )
         layer = nn.MultiHeadDotProductAttention(
             **{
@@ -203,6 +214,7 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
                 implementation=self.implementation,
                 column_tau=1.0 if is_learned else cast(float, self.column_tau),
                 tolerance=self.tolerance,
+                local_window_size=self.local_window_size,
             ),
         )
         nn.share_scope(self, layer)

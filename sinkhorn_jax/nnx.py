@@ -26,6 +26,7 @@ def attention_fn(
     implementation: AttentionImplementation | None = None,
     column_tau: float = 1.0,
     tolerance: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
 ) -> Callable[..., Array]:
     """Make the `attention_fn` of `nnx.MultiHeadAttention` doubly stochastic.
 
@@ -52,6 +53,7 @@ def attention_fn(
         implementation: As in `sinkhorn_attention`.
         column_tau: As in `sinkhorn_attention`, a Python number.
         tolerance: As in `sinkhorn_attention`.
+        local_window_size: As in `sinkhorn_attention`.
 
     Returns:
         A function with the arguments of `nnx.dot_product_attention`.
@@ -67,7 +69,7 @@ def attention_fn(
     return _AttentionFn(
         PlanOptions(
             *(num_iters, scale, finish, gradient, implementation),
-            *(column_tau, tolerance),
+            *(column_tau, tolerance, local_window_size),
         )
     )
 
@@ -141,6 +143,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
     implementation: AttentionImplementation | None
     column_tau: float | Literal["learned"]
     tolerance: float | None
+    local_window_size: int | tuple[int, int] | None
 
     def __init__(
         self,
@@ -152,6 +155,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         implementation: AttentionImplementation | None = None,
         column_tau: float | Literal["learned"] = 1.0,
         tolerance: float | None = None,
+        local_window_size: int | tuple[int, int] | None = None,
         initial_column_tau: float = 0.5,
         **options: Any,
     ):
@@ -168,6 +172,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             column_tau: As in `attention_fn`, or "learned" for one in each head: the
                 sigmoid of the `nnx.Param` "column_tau_logit" (N,).
             tolerance: The marginal error to stop at.
+            local_window_size: The window of each query.
             initial_column_tau: Where a learned `column_tau` starts, between 0 and 1. At
                 either end the sigmoid would not learn.
             **options: The named arguments of `nnx.MultiHeadAttention`: `rngs`, heads,
@@ -186,6 +191,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         plan_options = PlanOptions(
             *(num_iters, scale, finish, gradient, implementation),
             *(1.0 if is_learned else cast(float, column_tau), tolerance),
+            local_window_size,
         )
         super().__init__(
             *args, **({"decode": False, "attention_fn": _AttentionFn(None)} | options)
@@ -207,6 +213,8 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         mask: Array | None = None,
         query_seq_lengths: Integer[Array, "..."] | None = None,
         key_value_seq_lengths: Integer[Array, "..."] | None = None,
+        query_segment_ids: Integer[Array, "..."] | None = None,
+        key_segment_ids: Integer[Array, "..."] | None = None,
         query_marginal: Float[Array, "..."] | None = None,
         key_marginal: Float[Array, "..."] | None = None,
         sow_marginal_error: bool = False,
@@ -225,6 +233,9 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             query_seq_lengths: Valid tokens of `inputs_q`; broadcasts to *batch.
             key_value_seq_lengths: Valid tokens of `inputs_k`. If only this one is
                 given, all queries count as valid.
+            query_segment_ids: The segment of each token of `inputs_q`; broadcasts to
+                (*batch, T). In self-attention those of the keys too.
+            key_segment_ids: The segment of each token of `inputs_k`.
             query_marginal: Row sums of the plan; broadcasts to (*batch, N, T).
             key_marginal: Column sums; broadcasts to (*batch, N, S).
             sow_marginal_error: Sow the marginal error (*batch, N), as described in
@@ -256,6 +267,7 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             *(mask, query_seq_lengths, key_value_seq_lengths, sow_error),
             PlanOptions(**plan_options),
             *(query_marginal, key_marginal, tau),
+            *(query_segment_ids, key_segment_ids),
         )
         if inputs_k is None:
             masks = masks.of_self_attention()

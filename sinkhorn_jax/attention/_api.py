@@ -1,5 +1,6 @@
 """`sinkhorn_attention`: its signature, and the table of implementations."""
 
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from ._problem import (
     Attended,
     Dropout,
     GivenMarginals,
+    GivenPattern,
     Operands,
     Problem,
     Valid,
@@ -32,6 +34,8 @@ from ._validate import (
     check_dropout,
     check_pattern,
     check_scale,
+    check_segments,
+    check_window,
     checked_tolerance,
     valid_tokens,
     with_marginals,
@@ -69,7 +73,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_value_seq_lengths: Array | None = None, query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
     finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
@@ -82,7 +89,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_value_seq_lengths: Array | None = None, query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
     finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
@@ -95,7 +105,10 @@ def sinkhorn_attention(
     mask: Array | None = None, *, num_iters: int = 10,
     scale: float | Array | None = None,
     is_causal: bool = False, query_seq_lengths: Array | None = None,
-    key_value_seq_lengths: Array | None = None, query_marginal: Array | None = None,
+    key_value_seq_lengths: Array | None = None, query_segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
     finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
@@ -114,6 +127,9 @@ def sinkhorn_attention(
     is_causal: bool = False,
     query_seq_lengths: Integer[Array, "..."] | None = None,  # (B,) or ().
     key_value_seq_lengths: Integer[Array, "..."] | None = None,
+    query_segment_ids: Integer[Array, "..."] | None = None,  # (B, T) or (T,).
+    key_segment_ids: Integer[Array, "..."] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     query_marginal: Float[Array, "..."] | None = None,
     key_marginal: Float[Array, "..."] | None = None,
     column_tau: float | Float[Array, "..."] = 1.0,
@@ -174,6 +190,16 @@ def sinkhorn_attention(
             from 0 to T, which is checked where the values are known. If only this one
             is given, all keys count as valid: nothing is guessed.
         key_value_seq_lengths: Valid keys of each batch element; likewise.
+        query_segment_ids: The segment of each query, integers that broadcast to (B, T);
+            0 and below is padding. A query attends to the keys of its own segment, and
+            each segment is a problem of its own, as in a call of its own: columns sum
+            to its valid rows / its valid columns.
+        key_segment_ids: The segment of each key, (B, S). Both are given or neither.
+        local_window_size: Query i attends to the keys from i - left to i + right; a
+            number is both. At least 1 to either side: a one-sided window, like a causal
+            mask, leaves the identity alone. A narrow window converges slowly, and the
+            marginal error tells. "streaming" computes only the part of the logits that
+            the window allows.
         query_marginal: Row sums of the plan, floating, broadcasts to (B, N, T), or
             (N, T) without a batch axis. Default: 1, or if only `key_marginal` is given,
             uniform with its total. The output is $PV$ as it is: divide it by
@@ -216,8 +242,9 @@ def sinkhorn_attention(
         "mosaic_gpu": Pallas kernels for NVIDIA's Hopper GPUs, compiled for them but not
             run on one; only taken by name. Holds T S / 64 numbers for each head. Takes
             bfloat16 and float16, H and D up to 128, up to 64 iterations,
-            `Exact`, finish="rows" and sequence lengths, but no bias, mask, dropout,
-            marginals, `column_tau` below 1 or tolerance. Reverse mode only.
+            `Exact`, finish="rows" and sequence lengths, but no bias, mask, segments,
+            window, dropout, marginals, `column_tau` below 1 or tolerance. Reverse mode
+            only.
         "mosaic_tpu": Pallas kernels for TPUs, compiled for them but not measured on
             one; only taken by name. Takes float32 and bfloat16, and otherwise what
             "mosaic_gpu" takes. Reverse mode only. To lower or export it without a TPU,
@@ -236,14 +263,14 @@ def sinkhorn_attention(
         ValueError: Shapes disagree or are empty, `is_causal` or a causal mask or bias,
             a negative `num_iters`, lengths out of range, an unknown `finish` or
             `implementation`, a dropout rate without a key, `column_tau` outside [0, 1],
-            marginals that are negative, not finite, or of different totals.
+            marginals that are negative, not finite, or of different totals, segment
+            ids of one side alone, or a one-sided window.
         NotImplementedError: The named implementation cannot run this problem, its
             kernels are for another platform (under `jit` that is an error of Pallas),
             or the TPU that "mosaic_tpu" is traced for has too little VMEM for its
             forward kernel; the backward pass raises it for the backward kernel.
 
-    `local_window_size` and `return_residual` of `jax.nn.dot_product_attention` are not
-    offered.
+    `return_residual` of `jax.nn.dot_product_attention` is not offered.
 
     Reference:
         Sander et al., Sinkformers, 2022. https://arxiv.org/abs/2110.11773
@@ -257,6 +284,7 @@ def sinkhorn_attention(
         (query_seq_lengths, key_value_seq_lengths),
         options=Options(num_iters, finish, gradient, checked_tolerance(tolerance)),
         marginals=GivenMarginals(query_marginal, key_marginal, column_tau),
+        pattern=GivenPattern(query_segment_ids, key_segment_ids, local_window_size),
         dropout=Dropout(dropout_rate, dropout_rng),
         scale=scale,
         is_causal=is_causal,
@@ -282,22 +310,25 @@ def attend(
         out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
         error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
         return out, error if problem.return_marginal_error else None
-    operands, valid = without_padding(operands)
+    operands, valid = without_padding(problem, operands)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         out, error = chosen.attend(problem, operands)
     return out if valid is None else jnp.where(valid.rows, out, 0), error
 
 
-def without_padding(operands: Operands) -> tuple[Operands, Valid | None]:
+def without_padding(
+    problem: Problem, operands: Operands
+) -> tuple[Operands, Valid | None]:
     """The operands with zeros for padding, and where there is none."""
-    if operands.bias is None and not operands.masks():
+    can_exclude = operands.bias is not None or problem.window is not None
+    if not can_exclude and not operands.masks():
         return operands, None
-    return _without_padding(operands)
+    return _without_padding(problem, operands)
 
 
-@jax.jit
-def _without_padding(operands):
-    valid = valid_rows_and_cols(operands)
+@functools.partial(jax.jit, static_argnums=0)
+def _without_padding(problem, operands):
+    valid = valid_rows_and_cols(problem, operands)
     return zero_padding(operands, valid), valid
 
 
@@ -307,6 +338,7 @@ def prepare(
     *,
     options: Options,
     marginals: GivenMarginals,
+    pattern: GivenPattern,
     dropout: Dropout,
     scale: float | Array | None,
     is_causal: bool,
@@ -346,6 +378,8 @@ def prepare(
         has_mask=mask is not None,
         has_marginals=marginals.query is not None or marginals.key is not None,
         has_tau=tau is not None,
+        has_segments=pattern.query_ids is not None,
+        window=check_window(pattern.window, t, s),
     )
     logits_shape = (batch, num_heads, t, s)
     operands = Operands(
@@ -359,5 +393,6 @@ def prepare(
         dropout.rng if dropout_rate > 0 else None,
         dynamic,
         tau=tau,
+        segments=check_segments(pattern.query_ids, pattern.key_ids, batch, t, s),
     )
     return problem, with_marginals(problem, operands, marginals)

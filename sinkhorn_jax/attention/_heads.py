@@ -13,6 +13,7 @@ from .._core.precision import accum_dtype, dot
 from .._core.solve import to_unit
 from .._runtime.scheduling import map_and_add, map_matrices, matrices_in_flight
 from . import _problem
+from ._pattern import Segments, may_attend
 from ._problem import Attended, Operands, Problem
 
 
@@ -116,11 +117,14 @@ class Heads:
     def value(self, head) -> Float[Array, "S D"]:
         return self._value[head // self.problem.groups].astype(self.dtype)
 
-    def logits(self, head, query, key_t, start: Any = 0) -> Float[Array, "I S"]:
+    def logits(
+        self, head, query, key_t, start: Any = 0, first_key: Any = 0
+    ) -> Float[Array, "I J"]:
         """Logits with bias, -inf where a query may not attend to a key.
 
         The queries [I, H] are the result of `query`, or consecutive rows of it from
-        position `start`; the keys [H, S] are transposed.
+        position `start`; the keys [H, J] are transposed, and all or consecutive ones
+        from position `first_key`.
         """
         batch, n = head // self.problem.num_heads, head % self.problem.num_heads
 
@@ -130,10 +134,26 @@ class Heads:
                 return x
             return jax.lax.dynamic_slice_in_dim(x, start, query.shape[0])
 
+        def cols_of(x):
+            if x.shape[1] == 1 or key_t.shape[1] == self.problem.s:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, first_key, key_t.shape[1], axis=1)
+
         logits = dot(query, key_t)
         if query.dtype != self.dtype:
             logits = logits * self.scale
-        bias, masks = jax.tree.map(part, (self._operands.bias, self._masks))
+        bias, masks = jax.tree.map(
+            lambda x: cols_of(part(x)), (self._operands.bias, self._masks)
+        )
+        window, segments = self.problem.window, self._operands.segments
+        if window is not None or segments is not None:
+            rows = start + jnp.arange(query.shape[0], dtype=jnp.int32)
+            cols = first_key + jnp.arange(key_t.shape[1], dtype=jnp.int32)
+            if segments is not None:
+                segments = Segments(
+                    segments.query[batch][rows], segments.key[batch][cols]
+                )
+            masks.append(may_attend(window, segments, rows, cols))
         return _problem.add_bias_and_masks(logits, bias, masks)
 
     def row_marginal(self, head) -> Float[Array, " T"] | None:
@@ -150,7 +170,10 @@ class Heads:
         o, n = self._operands, self.problem.num_heads
         tau = None if o.tau is None else o.tau[head // n, head % n]
         if o.row_marginal is None:
-            uniform = _problem.uniform_marginals(rows, cols, self.dtype)
+            segments = o.segments
+            if segments is not None:
+                segments = Segments(*(x[head // n] for x in segments))
+            uniform = _problem.uniform_marginals(rows, cols, self.dtype, segments)
             return Marginals(*uniform, tau)
         a, b = (x[head // n, head % n] for x in (o.row_marginal, o.col_marginal))
         return Marginals(a, b, tau)

@@ -12,6 +12,9 @@ def why_not_options(problem: Problem) -> str | None:
     if problem.has_bias or problem.has_mask:
         name = "bias" if problem.has_bias else "mask"
         return f"it takes sequence lengths but no {name}"
+    if problem.window is not None or problem.has_segments:
+        name = "local_window_size" if problem.window is not None else "segment ids"
+        return f"it takes no {name}"
     if problem.has_marginals:
         return "it takes no query_marginal or key_marginal"
     if problem.has_tau:

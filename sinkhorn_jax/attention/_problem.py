@@ -11,6 +11,7 @@ from .._core.marginals import has_mass
 from .._core.options import Options
 from .._core.precision import accum_dtype
 from .._runtime.shard_map import varying_like
+from ._pattern import Segments, Window, may_attend, rows_with_a_key, uniform_by_segment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,8 @@ class Problem:
     has_mask: bool = False  # Sequence lengths are not a mask.
     has_marginals: bool = False
     has_tau: bool = False
+    has_segments: bool = False
+    window: Window | None = None
 
     @property
     def groups(self) -> int:
@@ -57,6 +60,14 @@ class GivenMarginals(NamedTuple):
     tau: float | Array = 1.0
 
 
+class GivenPattern(NamedTuple):
+    """What the caller says about which keys a query may attend to, besides a mask."""
+
+    query_ids: Array | None = None
+    key_ids: Array | None = None
+    window: int | tuple[int, int] | None = None
+
+
 class Operands(NamedTuple):
     """The arrays of a call; None where the caller gave nothing."""
 
@@ -72,6 +83,7 @@ class Operands(NamedTuple):
     row_marginal: Float[Array, "B N T"] | None = None  # 0 for padding; both or none.
     col_marginal: Float[Array, "B N S"] | None = None
     tau: Float[Array, "B N"] | None = None
+    segments: Segments | None = None
 
     def masks(self) -> list[Bool[Array, "#B #N #T #S"]]:
         """The masks that are not None, with valid queries and keys as masks too."""
@@ -84,6 +96,9 @@ class Operands(NamedTuple):
             masks.append(has_mass(self.row_marginal)[..., :, None])
         if self.col_marginal is not None:
             masks.append(has_mass(self.col_marginal)[..., None, :])
+        if self.segments is not None:
+            masks.append((self.segments.query > 0)[:, None, :, None])
+            masks.append((self.segments.key > 0)[:, None, None, :])
         return [x for x in masks if x is not None]
 
 
@@ -134,12 +149,12 @@ class Valid(NamedTuple):
     cols: Bool[Array, "#B #S #N 1"]
 
 
-def valid_rows_and_cols(operands: Operands) -> Valid | None:
+def valid_rows_and_cols(problem: Problem, operands: Operands) -> Valid | None:
     """Queries and keys with an allowed entry; None if nothing can exclude one."""
     parts = operands.masks()
     if operands.bias is not None:
         parts.append(~excludes(operands.bias))
-    if not parts:
+    if not parts and problem.window is None:
         return None
     # Parts of rows alone and of columns alone meet without a (T, S) array.
     rows = cols = jnp.ones((1, 1, 1, 1), jnp.bool_)
@@ -152,19 +167,49 @@ def valid_rows_and_cols(operands: Operands) -> Valid | None:
         else:
             both = part if both is None else both & part
     if both is not None:
-        rows = cols = both & rows & cols
+        rows = cols = both & rows & cols & pattern(problem, operands)
         rows, cols = rows.any(axis=3, keepdims=True), cols.any(axis=2, keepdims=True)
+    elif problem.window is not None or operands.segments is not None:
+        rows, cols = _valid_in_pattern(problem, operands, rows, cols)
     else:
         any_row, any_col = (x.any(axis=(2, 3), keepdims=True) for x in (rows, cols))
         rows, cols = rows & any_col, cols & any_row
     return Valid(jnp.moveaxis(rows, 1, 2), jnp.transpose(cols, (0, 3, 1, 2)))
 
 
+def _valid_in_pattern(problem, operands, rows, cols):
+    """Valid rows and columns, from rows and columns that something else excludes."""
+    segments = operands.segments
+    heads = jnp.broadcast_shapes(rows.shape, cols.shape)[:2]
+    if segments is not None:
+        heads = problem.batch, heads[1]
+        segments = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], (*heads, x.shape[-1])), segments
+        )
+    rows = jnp.broadcast_to(rows[..., 0], (*heads, problem.t))
+    cols = jnp.broadcast_to(cols[..., 0, :], (*heads, problem.s))
+    window, seen = problem.window, None if segments is None else segments.reversed
+    valid_rows = rows_with_a_key(window, segments, rows, cols)
+    window = None if window is None else window.reversed
+    valid_cols = rows_with_a_key(window, seen, cols, rows)
+    return valid_rows[..., :, None], valid_cols[..., None, :]
+
+
+def pattern(problem: Problem, operands: Operands) -> Bool[Array, "#B 1 T S"]:
+    """What window and segments allow, as a mask."""
+    segments, window = operands.segments, problem.window
+    if segments is None and window is None:
+        return jnp.ones((1, 1, 1, 1), jnp.bool_)
+    queries, keys = (jnp.arange(x, dtype=jnp.int32) for x in (problem.t, problem.s))
+    allowed = may_attend(window, segments, queries, keys)
+    return allowed[:, None] if allowed.ndim == 3 else allowed[None, None]
+
+
 def valid_by_head(
     problem: Problem, operands: Operands
 ) -> tuple[Bool[Array, "B N T"], Bool[Array, "B N S"]]:
     """Queries and keys of each head with an allowed entry."""
-    valid = valid_rows_and_cols(operands)
+    valid = valid_rows_and_cols(problem, operands)
     if valid is None:
         ones = jnp.ones((1, 1, 1, 1), jnp.bool_)
         valid = Valid(ones, ones)
@@ -200,9 +245,18 @@ def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
 
 
 def uniform_marginals(
-    rows: Bool[Array, "*heads T"], cols: Bool[Array, "*heads S"], dtype: jnp.dtype
+    rows: Bool[Array, "*heads T"],
+    cols: Bool[Array, "*heads S"],
+    dtype: jnp.dtype,
+    segments: Segments | None = None,
 ) -> tuple[Float[Array, "*heads T"], Float[Array, "*heads S"]]:
-    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns."""
+    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns.
+
+    With segments, which have the axes of the heads, these are of the same segment.
+    """
+    if segments is not None:
+        a = rows.astype(dtype)
+        return a, uniform_by_segment(cols, a, segments)
     num_rows, num_cols = rows.sum(axis=-1), cols.sum(axis=-1)
     col_marginal = num_rows.astype(dtype) / jnp.maximum(num_cols, 1).astype(dtype)
     return rows.astype(dtype), jnp.where(cols, col_marginal[..., None], 0)

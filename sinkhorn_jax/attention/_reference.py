@@ -27,7 +27,12 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     if operands.row_marginal is None:
         allowed = logits != -jnp.inf
         rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
-        marginals = _problem.uniform_marginals(rows, cols, dtype)
+        segments = operands.segments
+        if segments is not None:
+            segments = jax.tree.map(
+                lambda x: jnp.broadcast_to(x[:, None], (b, n, x.shape[1])), segments
+            )
+        marginals = _problem.uniform_marginals(rows, cols, dtype, segments)
     flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
     matrices = Matrices(logits, *marginals, operands.tau)
     matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), matrices)
@@ -49,7 +54,10 @@ def explicit_logits(problem: Problem, operands: Operands) -> Float[Array, "B N T
     query = operands.query.astype(dtype) * _problem.scale_of(problem, operands)
     key = jnp.repeat(operands.key.astype(dtype), problem.groups, axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision=PRECISION)
-    return _problem.add_bias_and_masks(logits, operands.bias, operands.masks())
+    masks = operands.masks()
+    if problem.window is not None or operands.segments is not None:
+        masks.append(_problem.pattern(problem, operands))
+    return _problem.add_bias_and_masks(logits, operands.bias, masks)
 
 
 def why_not(_: Problem) -> None:

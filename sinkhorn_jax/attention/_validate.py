@@ -11,9 +11,10 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import number
+from .._core.checks import integer, number
 from .._core.marginals import (
     Names,
+    broadcast,
     check_signs,
     check_totals,
     check_traced,
@@ -30,6 +31,7 @@ from .._runtime.arguments import (
     known_values,
     refuse_no_number,
 )
+from ._pattern import Segments, Window, totals_by_segment, uniform_by_segment
 from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
 NAMES: Final = Names("query_marginal", "key_marginal")
@@ -252,9 +254,82 @@ def with_marginals(
         with jax.ensure_compile_time_eval():
             _check_known(problem, operands, rtol)
     rows, cols = valid_by_head(problem, operands)
+    if operands.segments is not None:
+        a, b = _complete_by_segment(a, b, rows, cols, operands.segments)
     a, b = complete(a, b, rows, cols, dtype)
     check_traced(NAMES, a, b, operands.tau, rtol)
     return operands._replace(row_marginal=a, col_marginal=b)
+
+
+def _complete_by_segment(a, b, rows, cols, segments):
+    """Both marginals, uniform in each segment where not given."""
+    a, b = (x if x is None else jnp.where(y, x, 0) for x, y in ((a, rows), (b, cols)))
+    segments = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (*rows.shape[:2], x.shape[-1])), segments
+    )
+    if a is None:
+        a = uniform_by_segment(rows, b, segments.reversed)
+    return a, uniform_by_segment(cols, a, segments) if b is None else b
+
+
+def check_window(window: int | tuple[int, int] | None, t: int, s: int) -> Window | None:
+    """The window, None if it excludes nothing.
+
+    Raises:
+        TypeError: It is no integer and no pair of integers.
+        ValueError: It is negative or one-sided.
+    """
+    if window is None:
+        return None
+    sides = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(sides) != 2:
+        raise TypeError(
+            "local_window_size must be an integer or a pair (left, right), got "
+            f"{window!r}."
+        )
+    left, right = (integer("local_window_size", side) for side in sides)
+    if min(left, right) < 1:
+        raise ValueError(
+            f"local_window_size must reach at least 1 to either side, got "
+            f"{(left, right)}: a one-sided window leaves the identity as the only "
+            "doubly stochastic plan, so every token would attend to itself alone. Use "
+            "jax.nn.dot_product_attention for it."
+        )
+    if are_known(t, s) and left >= t - 1 and right >= s - 1:
+        return None
+    return Window(left, right)
+
+
+def check_segments(
+    query_ids: Any, key_ids: Any, batch: int, t: int, s: int
+) -> Segments | None:
+    """The segments of queries and keys, (B, T) and (B, S).
+
+    Raises:
+        TypeError: Ids are not integers.
+        ValueError: One comes without the other, or with a wrong shape.
+    """
+    names = "query_segment_ids", "key_segment_ids"
+    given = dict(zip(names, (query_ids, key_ids), strict=True))
+    if query_ids is None and key_ids is None:
+        return None
+    for name, ids in given.items():
+        if ids is None:
+            other = names[names[0] == name]
+            raise ValueError(
+                f"{other} comes without {name}: queries attend to keys of their own "
+                "segment, so both must be known. In self-attention give the same twice."
+            )
+    arrays = []
+    for (name, ids), length in zip(given.items(), (t, s), strict=True):
+        ids = as_array(name, ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f"{name} must be integer, got {ids.dtype}: 1, 2, ... name the segments "
+                "and 0 is padding."
+            )
+        arrays.append(broadcast(name, ids, (batch, length)))
+    return Segments(*arrays)
 
 
 def _check_known(problem, operands, rtol):
@@ -262,8 +337,17 @@ def _check_known(problem, operands, rtol):
     rows, cols = valid_by_head(problem, operands)
     a = a if a is None else check_signs(NAMES.rows, a, rows)
     b = b if b is None else check_signs(NAMES.cols, b, cols)
-    if a is not None and b is not None:
+    if a is None or b is None:
+        return
+    if operands.segments is None:
         check_totals(NAMES, a, b, operands.tau, rtol, "")
+        return
+    tau, num_heads = operands.tau, problem.num_heads
+    tau = None if tau is None else jnp.broadcast_to(tau[..., None], b.shape)
+    query, key = (jnp.repeat(x[:, None], num_heads, axis=1) for x in operands.segments)
+    totals = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
+    totals = (jnp.where(cols, x, 0)[..., None] for x in totals)
+    check_totals(NAMES, *totals, tau, rtol, "Each segment has totals of its own.")
 
 
 def check_pattern(

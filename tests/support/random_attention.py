@@ -18,6 +18,7 @@ from . import reference
 ATOL = {"float64": 1e-9, "float32": 5e-6}
 GRADIENT_ATOL = {"float64": 1e-8, "float32": 1e-4}
 NAMES = ("query", "key", "value", "bias")
+WINDOW = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Program:
     num_iters: int = 5
     finish: str = "rows"
     gradient: Any = Exact()  # noqa: RUF009 - frozen.
-    padding: str = "none"  # none, lengths or mask.
+    # none, lengths, mask, segments, or window: the last two with a column_tau, and the
+    # window with marginals.
+    padding: str = "none"
 
     @property
     def name(self):
@@ -42,7 +45,8 @@ class Program:
     @property
     def options(self):
         names = ("num_iters", "finish", "gradient", "implementation")
-        return {name: getattr(self, name) for name in names}
+        window = {"local_window_size": WINDOW} if self.padding == "window" else {}
+        return {name: getattr(self, name) for name in names} | window
 
     def draw(self):
         """The problems of this program."""
@@ -64,7 +68,11 @@ class Problem:
     density: float  # The part of the entries that a mask allows.
 
     def arrays(self, program):
-        """Query, key, value and bias; lengths [2], [2]; mask [2, 1, T, S]."""
+        """Query, key, value and bias; other arguments; mask [2, 1, T, S]; the sums.
+
+        The mask is all that the other arguments exclude. The sums are those that the
+        oracle takes.
+        """
         rng = np.random.default_rng(self.seed)
         (t, s), (n, k) = program.tokens, program.heads
         query = self.scale * rng.normal(size=(2, t, n, 4))
@@ -80,11 +88,50 @@ class Problem:
             for size, n in zip((t, s), lengths, strict=True)
         )
         valid = rows[:, None, :, None] & cols[:, None, None, :]
-        if program.padding == "none":
-            lengths, valid = (np.full(2, t), np.full(2, s)), np.ones_like(valid)
-        mask = mask & valid if program.padding == "mask" else valid
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        arguments, sums = dict(zip(names, lengths, strict=True)), {}
+        match program.padding:
+            case "none":
+                arguments, mask = {}, np.ones((2, 1, t, s), bool)
+            case "lengths":
+                mask = valid
+            case "mask":
+                mask = mask & valid
+                arguments = {"mask": mask}
+            case "segments":
+                arguments, mask, sums = _segments(rng, t, s)
+            case "window":
+                arguments, mask, sums = _window(rng, t, s)
+        if sums:
+            tau = rng.choice([0.0, 0.3, 0.9, 1.0], size=(2, n))
+            sums["tau"] = tau.astype(program.dtype)
+            arguments["column_tau"] = sums["tau"]
         arrays = (x.astype(program.dtype) for x in (query, key, value, bias))
-        return tuple(arrays), lengths, mask
+        return tuple(arrays), arguments, mask, sums
+
+
+def _segments(rng, t, s):
+    ids = [np.sort(rng.integers(0, 4, size=(2, size))) for size in (t, s)]
+    mask = (ids[0][:, :, None] == ids[1][:, None, :]) & (ids[0] > 0)[:, :, None]
+    valid = [mask.any(axis) for axis in (2, 1)]
+    rows, cols = (
+        np.array([[v[b][x[b] == i].sum() for i in ids[1][b]] for b in range(2)])
+        for x, v in zip(ids, valid, strict=True)
+    )
+    sums = {"a": valid[0] * 1.0, "b": valid[1] * rows / np.maximum(cols, 1)}
+    names = ("query_segment_ids", "key_segment_ids")
+    sums = {name: x[:, None] for name, x in sums.items()}
+    return dict(zip(names, ids, strict=True)), mask[:, None], sums
+
+
+def _window(rng, t, s):
+    distance = np.arange(s) - np.arange(t)[:, None]
+    band = (distance >= -WINDOW[0]) & (distance <= WINDOW[1])
+    mask = np.broadcast_to(band, (2, 1, t, s))
+    a, b = (np.exp(rng.normal(size=(2, 1, size))) for size in (t, s))
+    a, b = a * mask.any(3), b * mask.any(2)
+    b = b * (a.sum(-1) / b.sum(-1))[..., None]
+    return {"query_marginal": a, "key_marginal": b}, mask, {"a": a, "b": b}
 
 
 def problems():
@@ -103,16 +150,10 @@ def problems():
 def compiled(program):
     """Output and marginal error, and the gradients of a sum over the output."""
 
-    def loss(arrays, lengths, mask, weights):
+    def loss(arrays, arguments, weights):
         *qkv, bias = arrays
-        padding = {}
-        if program.padding == "lengths":
-            names = ("query_seq_lengths", "key_value_seq_lengths")
-            padding = dict(zip(names, lengths, strict=True))
-        if program.padding == "mask":
-            padding = {"mask": mask}
         out, error = sinkhorn_attention(
-            *qkv, bias=bias, return_marginal_error=True, **padding, **program.options
+            *qkv, bias=bias, return_marginal_error=True, **arguments, **program.options
         )
         return (out * weights.astype(out.dtype)).sum(), (out, error)
 
@@ -127,14 +168,14 @@ def check(program, problem):
     rounded by z times the eps of the dtype, so that much is added to what passes.
     """
     errors = {}
-    arrays, lengths, mask = problem.arrays(program)
+    arrays, arguments, mask, sums = problem.arrays(program)
     (t, _), (n, _) = program.tokens, program.heads
     weights = np.random.default_rng(problem.seed + 1).normal(size=(2, t, n, 3))
     run = compiled(program)
-    (_, (out, error)), gradients = jax.device_get(run(arrays, lengths, mask, weights))
+    (_, (out, error)), gradients = jax.device_get(run(arrays, arguments, weights))
     query, key, value, bias = (x.astype(np.float64) for x in arrays)
     logits = reference.attention_logits(query, key, bias=bias, mask=mask)
-    largest = np.abs(logits[np.isfinite(logits)]).max() + np.abs(bias).max()
+    largest = np.abs(logits[np.isfinite(logits)]).max(initial=0) + np.abs(bias).max()
     rounding = np.finfo(program.dtype).eps * largest
 
     def note(name, found, expected, atol):
@@ -154,10 +195,12 @@ def check(program, problem):
     assert not gradients[3][np.broadcast_to(~mask, bias.shape)].any()
 
     # The output is that of the plain loop, the marginal error that of its columns.
-    arguments = (query, key, value, program.num_iters, program.finish)
-    expected = reference.sinkhorn_attention(*arguments, bias=bias, mask=mask)
+    plain = {"num_iters": program.num_iters, "finish": program.finish, "sums": sums}
+    expected = reference.sinkhorn_attention(
+        query, key, value, bias=bias, mask=mask, **plain
+    )
     note("output", out, expected, ATOL[program.dtype])
-    options = {"finish": program.finish}
+    options = {"finish": program.finish, **sums}
     of_plan = reference.potentials(logits, program.num_iters, **options)[2]
     note("marginal error", error, of_plan, ATOL[program.dtype])
 
@@ -165,7 +208,10 @@ def check(program, problem):
     oracle = dataclasses.replace(program, implementation="reference", dtype="float64")
     if oracle != program:
         given = query, key, value, bias
-        _, expected = compiled(oracle)(given, lengths, mask, weights)
+        wide = jax.tree.map(
+            lambda x: x.astype(np.float64) if x.dtype == program.dtype else x, arguments
+        )
+        _, expected = compiled(oracle)(given, wide, weights)
         for name, each, right in zip(NAMES, gradients, expected, strict=True):
             for number in range(2):
                 pair = each[number], np.asarray(right[number])
@@ -179,9 +225,9 @@ def check(program, problem):
     poisoned.append(np.where(mask, arrays[3], np.nan).astype(program.dtype))
     for changed in (arrays, tuple(poisoned)):
         turned = (x[::-1] for x in changed)
-        turned_lengths = tuple(x[::-1] for x in lengths)
+        turned_arguments = {name: x[::-1] for name, x in arguments.items()}
         (_, (again, _)), again_gradients = run(
-            tuple(turned), turned_lengths, mask[::-1], weights[::-1]
+            tuple(turned), turned_arguments, weights[::-1]
         )
         np.testing.assert_array_equal(again[::-1], out)
         for each, before in zip(again_gradients, gradients, strict=True):
@@ -193,7 +239,7 @@ IMPLEMENTATIONS = ("scaling", "streaming", "reference")
 SIZES = (((5, 7), (2, 1)), ((6, 6), (2, 2)), ((1, 8), (2, 2)), ((33, 17), (4, 2)))
 GRADIENTS = (Exact(), Truncated(2))
 FINISHES = ("rows", "columns")
-PADDINGS = ("none", "lengths", "mask")
+PADDINGS = ("none", "lengths", "mask", "segments", "window")
 DTYPES = ("float64", "float32")
 
 

@@ -68,9 +68,9 @@ def _seeds(blocks, end, value_t, do_t, last_weight):
         dv_t, sums = carry
         kernel, keep = block.kernel(end.f, end.g), block.keep()
         kept = kernel if keep is None else kernel * keep
-        dv_t = dv_t + dot(low(block.take_fresh(do_t * end.r[None])), low(kept))
+        part = dot(low(block.take_fresh(do_t * end.r[None])), low(kept))
         weight = block.take(last_weight * end.r)
-        return dv_t, sums + block.sum_rows(weight, kernel)
+        return block.add(dv_t, part), block.add_rows(sums, weight, kernel)
 
     dv_t, sums = blocks.fold(body, (jnp.zeros_like(value_t), jnp.zeros_like(end.c)))
     dv_t = dv_t * end.c[None]
@@ -104,9 +104,10 @@ def _reverse_sweep(blocks, history, df, dg, marginals):
         def body(block, carry):
             row_weight, sums = carry
             kernel, r = block.kernel(state.f, state.g), block.take(state.r)
-            weight = block.take(df) - r * dot(kernel, col_c * col_weight)
+            moved = dot(kernel, block.see(col_c * col_weight))
+            weight = block.take(df) - r * moved
             weight = over_row_marginal(weight, block.row_marginal)
-            sums = sums + block.sum_rows(weight * r, kernel)
+            sums = block.add_rows(sums, weight * r, kernel)
             return block.put(row_weight, weight), sums
 
         row_weight, sums = blocks.fold(body, (jnp.zeros_like(df), jnp.zeros_like(dg)))
@@ -148,14 +149,14 @@ def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):
     def body(block, carry):
         dq, dk_t, dbias = carry
         kernel, keep = block.kernel(end.f, end.g), block.keep()
-        dplan = dot(low(block.take(left)), right_t)
+        dplan = dot(low(block.take(left)), block.see(right_t))
         dz = kernel * (dplan if keep is None else dplan * keep)
         dz = dz - correction(block, kernel)
         if has_softmax:
             softmax = block.kernel(sweep.before.f[0], jnp.zeros_like(end.g))
             dz = dz - softmax * block.take(softmax_weight)[:, None]
-        dq = block.put(dq, dot(low(dz), low(key)))
-        dk_t = dk_t + dot(low(block.take_fresh(query_t)), low(dz))
+        dq = block.put(dq, dot(low(dz), low(block.see(key, axis=0))))
+        dk_t = block.add(dk_t, dot(low(block.take_fresh(query_t)), low(dz)))
         return dq, dk_t, block.add_to_bias(dbias, dz)
 
     shapes = (heads.problem.t, key.shape[1]), key.shape[::-1], heads.bias_shape
@@ -185,16 +186,16 @@ def _correction(blocks, end, last_weight, sweep):
     def step_by_step(block, kernel):
         def add(total, step):
             state, col_c, row_weight, col_weight = step
-            weights = block.take(row_weight)[:, None] * state.c[None]
-            weights = weights + (col_c * col_weight)[None, :]
+            weights = block.take(row_weight)[:, None] * block.see(state.c)[None]
+            weights = weights + block.see(col_c * col_weight)[None, :]
             kernel = block.kernel(state.f, state.g)
             return total + kernel * block.take(state.r)[:, None] * weights, None
 
-        last = block.take(end.r * last_weight)[:, None] * end.c[None]
+        last = block.take(end.r * last_weight)[:, None] * block.see(end.c)[None]
         return jax.lax.scan(add, kernel * last, sweep)[0]
 
     def correction(block, kernel):
-        low_rank = kernel * dot(block.take(left), right)
+        low_rank = kernel * dot(block.take(left), block.see(right))
         return with_fallback(low_rank, is_safe, lambda: step_by_step(block, kernel))
 
     return correction

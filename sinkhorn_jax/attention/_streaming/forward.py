@@ -127,8 +127,8 @@ def _softmax(blocks, value):
         shifted = logits - m_i[:, None]
         kernel = jnp.exp(shifted)
         r_i = _row_scaling(block, kernel.sum(axis=1))
-        top = jnp.maximum(top, shifted.max(axis=0))
-        sums = sums + block.sum_rows(r_i, kernel)
+        top = block.add(top, shifted.max(axis=0), combine=jnp.maximum)
+        sums = block.add_rows(sums, r_i, kernel)
         if is_result:
             out = block.put(out, block.apply(r_i, kernel, value))
         return block.put(m, m_i), block.put(r, r_i), top, sums, out
@@ -149,7 +149,7 @@ def _softmax(blocks, value):
 
     def under_column_maxima():
         def again(block, sums):
-            return sums + block.sum_rows(block.take(r), block.kernel(-m, -top))
+            return block.add_rows(sums, block.take(r), block.kernel(-m, -top))
 
         return blocks.fold(again, jnp.zeros_like(sums)), top
 
@@ -169,8 +169,8 @@ def _full_pass(blocks, state):
     def body(block, carry):
         r, sums = carry
         kernel = block.kernel(state.f, state.g)
-        r_i = _row_scaling(block, dot(kernel, state.c))
-        return block.put(r, r_i), sums + block.sum_rows(r_i, kernel)
+        r_i = _row_scaling(block, dot(kernel, block.see(state.c)))
+        return block.put(r, r_i), block.add_rows(sums, r_i, kernel)
 
     return blocks.fold(body, (jnp.zeros_like(state.r), jnp.zeros_like(state.c)))
 
@@ -184,13 +184,13 @@ def _apply(blocks, state, value):
     def body(block, carry):
         out, r, row_sums, col_sums = carry
         kernel = block.kernel(state.f, state.g)
-        row_sums_i = dot(kernel, state.c)
+        row_sums_i = dot(kernel, block.see(state.c))
         if ends_on_rows:
             r = block.put(r, _row_scaling(block, row_sums_i))
         out = block.put(out, block.apply(block.take(r), kernel, value))
         if problem.return_marginal_error:
             row_sums = block.put(row_sums, row_sums_i)
-            col_sums = col_sums + block.sum_rows(block.take(r), kernel)
+            col_sums = block.add_rows(col_sums, block.take(r), kernel)
         return out, r, row_sums, col_sums
 
     out = jnp.zeros((problem.t, value.shape[1]), value.dtype)

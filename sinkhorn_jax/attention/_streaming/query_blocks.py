@@ -1,7 +1,11 @@
-"""One head in query blocks, which a pass goes through in order."""
+"""One head in query blocks, which a pass goes through in order.
+
+A block sees all keys, or with a local window the consecutive ones that its queries may
+attend to. The size of what it computes, J, is the same for all blocks.
+"""
 
 from collections.abc import Callable
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +48,13 @@ def choose_layout(problem: Problem) -> Layout:
     heads = problem.batch * problem.num_heads
     if not are_known(problem.t, problem.s):
         return Layout(problem.t, 1)
-    row_bytes = problem.s * max(4, problem.dtype.itemsize)
+    most_rows = min(problem.t, MAX_BLOCK_ROWS)
+    if problem.window is not None:
+        # Half of the logits that a block of as many rows as its window computes are
+        # within the window of their row.
+        reach = problem.window.left + problem.window.right + 1
+        most_rows = min(most_rows, max(MIN_BLOCK_ROWS, reach))
+    row_bytes = visible_keys(problem, most_rows) * max(4, problem.dtype.itemsize)
     on_cpu = jax.default_backend() == "cpu"
     limit = (CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES) // row_bytes
     in_flight = 1
@@ -53,13 +63,20 @@ def choose_layout(problem: Problem) -> Layout:
         most = max(1, limit // min(problem.t, 128))
         in_flight = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
         limit //= in_flight
-    rows = min(problem.t, MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, limit))
+    rows = min(most_rows, max(MIN_BLOCK_ROWS, limit))
     # Even blocks: the last one then repeats fewer rows than there are blocks.
     return Layout(-(-problem.t // -(-problem.t // rows)), in_flight)
 
 
+def visible_keys(problem: Problem, rows: int) -> int:
+    """How many consecutive keys a block of so many queries needs."""
+    if problem.window is None:
+        return problem.s
+    return min(problem.s, rows + problem.window.left + problem.window.right)
+
+
 class QueryBlock:
-    """Consecutive queries of one head, with all its keys.
+    """Consecutive queries of one head, with the keys that they may attend to.
 
     The last block of a head is moved up to end with the head. The rows that it shares
     with its predecessor are computed twice, with equal results; `fresh` keeps the
@@ -72,6 +89,12 @@ class QueryBlock:
         self._start = jnp.minimum(index * rows, t - rows)
         self.positions = self._start + jnp.arange(rows, dtype=jnp.int32)
         self.fresh = self.positions >= index * rows
+        self._sees_all = blocks.num_keys == blocks.heads.problem.s
+        self._first_key: Any = 0
+        if not self._sees_all:
+            first = self._start - blocks.heads.problem.window.left
+            most = blocks.heads.problem.s - blocks.num_keys
+            self._first_key = jnp.clip(first, 0, most)
 
     def take(self, x: Float[Array, "T ..."]) -> Float[Array, "I ..."]:
         """The block's rows of an array."""
@@ -86,21 +109,44 @@ class QueryBlock:
         """`x` with the block's rows replaced."""
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start, axis=0)
 
+    def see(self, x: Float[Array, "... S"], axis: int = -1) -> Float[Array, "... J"]:
+        """What an array of the keys has for those that the block sees."""
+        if self._sees_all:
+            return x
+        return jax.lax.dynamic_slice_in_dim(
+            x, self._first_key, self._blocks.num_keys, axis
+        )
+
+    def add(
+        self,
+        total: Float[Array, "... S"],
+        part: Float[Array, "... J"],
+        axis: int = -1,
+        combine: Callable[[Array, Array], Array] = jnp.add,
+    ) -> Float[Array, "... S"]:
+        """`total` with what the block has for the keys that it sees added."""
+        if self._sees_all:
+            return combine(total, part)
+        part = combine(self.see(total, axis), part)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, self._first_key, axis)
+
     @property
     def row_marginal(self) -> Float[Array, " I"] | None:
         """The row sums that the caller gave; None for uniform ones."""
         marginal = self._blocks.row_marginal
         return None if marginal is None else self.take(marginal)
 
-    def logits(self) -> Float[Array, "I S"]:
+    def logits(self) -> Float[Array, "I J"]:
         """Logits with bias, -inf where excluded; the same bits in every pass."""
         blocks = self._blocks
-        query = self.take(blocks.query)
-        return blocks.heads.logits(blocks.head, query, blocks.key_t, self._start)
+        query, key_t = self.take(blocks.query), self.see(blocks.key_t)
+        return blocks.heads.logits(
+            blocks.head, query, key_t, self._start, self._first_key
+        )
 
     def kernel(self, f: Float[Array, " T"], g: Float[Array, " S"]) -> Array:
-        """The kernel matrix exp(logits + f + g), [I, S]."""
-        logits, row, col = self.logits(), self.take(f)[:, None], g[None, :]
+        """The kernel matrix exp(logits + f + g), [I, J]."""
+        logits, row, col = self.logits(), self.take(f)[:, None], self.see(g)[None, :]
         is_large = (jnp.abs(f).max() > PLAIN_SUM) | (jnp.abs(g).max() > PLAIN_SUM)
         return jax.lax.cond(
             max_in_batch(is_large),
@@ -108,30 +154,43 @@ class QueryBlock:
             lambda: jnp.exp((logits + row) + col),
         )
 
-    def keep(self) -> Float[Array, "I S"] | None:
+    def keep(self) -> Float[Array, "I J"] | None:
         """Dropout factors of the plan; None without dropout."""
-        return self._blocks.heads.keep(self._blocks.head, self.positions)
+        keep = self._blocks.heads.keep(self._blocks.head, self.positions)
+        return keep if keep is None else self.see(keep)
 
     def apply(self, r: Float[Array, " I"], kernel, value) -> Float[Array, "I D"]:
         """Output of the plan diag(r) kernel, with dropout. The values include any c."""
         keep, low = self.keep(), self._blocks.heads.low
         kept = kernel if keep is None else kernel * keep
-        return r[:, None] * dot(low(kept), low(value))
+        return r[:, None] * dot(low(kept), low(self.see(value, axis=0)))
 
-    def sum_rows(self, weights: Float[Array, " I"], matrix) -> Float[Array, " S"]:
-        """The weighted sum of the fresh rows of a matrix [I, S]."""
+    def sum_rows(self, weights: Float[Array, " I"], matrix) -> Float[Array, " J"]:
+        """The weighted sum of the fresh rows of a matrix [I, J]."""
         return dot(jnp.where(self.fresh, weights, 0), matrix)
 
-    def add_to_bias(self, dbias: Array | None, dlogits: Float[Array, "I S"]):
+    def add_rows(
+        self, total: Float[Array, " S"], weights: Float[Array, " I"], matrix
+    ) -> Float[Array, " S"]:
+        """`total` with the weighted sum of the fresh rows of a matrix [I, J] added."""
+        return self.add(total, self.sum_rows(weights, matrix))
+
+    def add_to_bias(self, dbias: Array | None, dlogits: Float[Array, "I J"]):
         """`dbias`, the cotangent of a head's bias, with the block's part added."""
         if dbias is None:
             return None
         if dbias.shape[1] == 1:
             dlogits = dlogits.sum(axis=1, keepdims=True)
         if dbias.shape[0] != 1:
-            return self.put(dbias, dlogits)
+            if dlogits.shape[1] == dbias.shape[1]:
+                return self.put(dbias, dlogits)
+            # Nothing else than this block has its rows.
+            rows = self.add(self.take(dbias), dlogits, combine=lambda _, new: new)
+            return self.put(dbias, rows)
         ones = jnp.ones(len(dlogits), dlogits.dtype)
-        return dbias + self.sum_rows(ones, dlogits)[None]
+        if dbias.shape[1] == 1:
+            return dbias + self.sum_rows(ones, dlogits)[None]
+        return self.add(dbias, self.sum_rows(ones, dlogits)[None])
 
 
 def over_row_marginal(
@@ -148,6 +207,7 @@ class QueryBlocks:
 
     def __init__(self, heads: Heads, head: Int[Array, ""], rows: int):
         self.heads, self.head, self.rows = heads, head, rows
+        self.num_keys = visible_keys(heads.problem, rows)
         self.row_marginal = heads.row_marginal(head)
         self.query = heads.query(head, heads.product_dtype)
         self.key_t = heads.key(head).astype(heads.product_dtype).T

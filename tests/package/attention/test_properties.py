@@ -17,6 +17,12 @@ PROGRAMS = [
     Program("scaling", "float64", (5, 7), (2, 1), 5, "columns", Truncated(2), "mask"),
     Program("streaming", "float64", (1, 8), finish="columns"),
     Program("reference", "float32", (5, 7), padding="lengths"),
+    Program("scaling", "float32", (33, 17), (4, 2), padding="segments"),
+    Program("streaming", "float32", (6, 6), padding="window"),
+    Program("streaming", "float64", (5, 7), (2, 1), 5, "columns", padding="segments"),
+    Program(
+        "scaling", "float64", (33, 17), (4, 2), gradient=Truncated(2), padding="window"
+    ),
 ]
 
 

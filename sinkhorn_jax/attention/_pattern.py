@@ -1,0 +1,140 @@
+"""Windows and packed sequences: which keys a query may attend to.
+
+They are never written out as a (T, S) mask. A window is a band |i - j| of positions;
+packed sequences are segments, each a problem of its own: queries and keys have integers
+that must be equal, and are padding where these are not positive.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+class Window(NamedTuple):
+    """Query i may attend to the keys from i - left to i + right."""
+
+    left: int
+    right: int
+
+    @property
+    def reversed(self) -> "Window":
+        """From the keys' point of view."""
+        return Window(self.right, self.left)
+
+
+class Segments(NamedTuple):
+    """The segment of each query and key; 0 and below is padding."""
+
+    query: Int[Array, "*B T"]
+    key: Int[Array, "*B S"]
+
+    @property
+    def reversed(self) -> "Segments":
+        """With queries and keys exchanged."""
+        return Segments(self.key, self.query)
+
+
+def may_attend(
+    window: Window | None,
+    segments: Segments | None,
+    queries: Int[Array, " T"],
+    keys: Int[Array, " S"],
+) -> Bool[Array, "*B T S"]:
+    """Whether queries at these positions may attend to keys at these positions.
+
+    The segments are those of these queries and keys.
+    """
+    allowed = jnp.ones((len(queries), len(keys)), jnp.bool_)
+    if window is not None:
+        distance = keys[None, :] - queries[:, None]
+        allowed = (distance >= -window.left) & (distance <= window.right)
+    if segments is not None:
+        same = segments.query[..., :, None] == segments.key[..., None, :]
+        allowed = same & allowed.reshape((1,) * (same.ndim - 2) + allowed.shape)
+    return allowed
+
+
+def rows_with_a_key(
+    window: Window | None,
+    segments: Segments | None,
+    rows: Bool[Array, "*B T"],
+    cols: Bool[Array, "*B S"],
+) -> Bool[Array, "*B T"]:
+    """The queries of `rows` that may attend to a key of `cols`."""
+    batch, t = rows.shape[:-1], rows.shape[-1]
+
+    def one(cols, segments):
+        return _count(window, segments, cols, t) > 0
+
+    for _ in batch:
+        one = jax.vmap(one, in_axes=(0, None if segments is None else 0))
+    return rows & one(cols, segments)
+
+
+def _count(window, segments, cols, t):
+    """How many of the keys `cols` each of `t` queries may attend to."""
+    s, position = len(cols), jnp.arange(t, dtype=jnp.int32)
+    if segments is None:
+        first, last = position - window.left, position + window.right + 1
+        first, last = jnp.clip(first, 0, s), jnp.clip(last, 0, s)
+    else:
+        # The keys of a segment, in order of their position, are a range.
+        order = jnp.argsort(segments.key, stable=True).astype(jnp.int32)
+        cols, ids = cols[order], segments.key[order]
+        first, last = (
+            jnp.searchsorted(ids, segments.query, side=side).astype(jnp.int32)
+            for side in ("left", "right")
+        )
+        if window is not None:
+            bounds = position - window.left, position + window.right + 1
+            first, last = (_lower_bound(order, first, last, bound) for bound in bounds)
+    before = jnp.cumsum(cols.astype(jnp.int32))
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), before])
+    return before[last] - before[first]
+
+
+def _lower_bound(values, first, last, bound):
+    """The first place in each range from which on the values reach the bound."""
+
+    def halve(_, place):
+        first, last = place
+        middle = (first + last) // 2
+        is_below = values[jnp.minimum(middle, len(values) - 1)] < bound
+        is_open = first < last
+        return (
+            jnp.where(is_open & is_below, middle + 1, first),
+            jnp.where(is_open & ~is_below, middle, last),
+        )
+
+    # A range of 32 bits is empty after 32 halvings.
+    return jax.lax.fori_loop(0, 32, halve, (first, last))[0]
+
+
+def totals_by_segment(
+    values: Num[Array, "*B T"], ids: Int[Array, "*B T"], at: Int[Array, "*B S"]
+) -> Num[Array, "*B S"]:
+    """The total of the values whose id is that at each place of `at`."""
+
+    def one(values, ids, at):
+        in_order = jnp.sort(ids)
+        place = jnp.searchsorted(in_order, ids)
+        totals = jnp.zeros_like(values).at[place].add(values)
+        found = jnp.minimum(jnp.searchsorted(in_order, at), len(ids) - 1)
+        return jnp.where(in_order[found] == at, totals[found], 0)
+
+    for _ in values.shape[:-1]:
+        one = jax.vmap(one)
+    return one(values, ids, at)
+
+
+def uniform_by_segment(
+    valid: Bool[Array, "*B S"], other: Float[Array, "*B T"], segments: Segments
+) -> Float[Array, "*B S"]:
+    """The marginal of keys that is uniform in each segment, with the queries' total."""
+    total = totals_by_segment(other, segments.query, segments.key)
+    count = totals_by_segment(
+        valid.astype(jnp.int32), segments.key, segments.key
+    ).astype(other.dtype)
+    return jnp.where(valid, total / jnp.maximum(count, 1), 0)
