@@ -7,13 +7,14 @@ from typing import Final
 
 import tyro
 
-from . import attention, collapse_measures, gpu_block_search, matrices
+from . import arguments, attention, collapse_measures, gpu_block_search, matrices
 from .harness import options
 from .report import readme
 
 # A command is a module with `Config` and `run`, and a line here.
 COMMANDS: Final[dict[str, ModuleType]] = {
     "attention": attention,
+    "arguments": arguments,
     "matrices": matrices,
     "collapse_measures": collapse_measures,
     "gpu_block_search": gpu_block_search,

@@ -125,7 +125,9 @@ PRESETS: Final = MappingProxyType(
     }
 )
 # The results that are committed.
-REPORT_CONFIGS: Final = (PRESETS["primary"], PRESETS["secondary"], PRESETS["escape"])
+REPORT_CONFIGS: Final = tuple(
+    PRESETS[name] for name in ("primary", "secondary", "escape", "dial")
+)
 
 
 def choose(preset: str | None, task: str | None) -> Config:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.attention_cases import (
+    ATOL,
     PLAIN,
     B,
     K,
@@ -97,6 +98,32 @@ def test_gradients_with_padding_agree_with_autodiff(implementation):
         gradients("reference", arrays, options),
         atol=1e-10,
     )
+
+
+@pytest.mark.few(4)
+@plain
+@pytest.mark.parametrize("finish", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(implementation, dtype, finish):
+    query, key, value, a, _, tau = operands()
+    ids = {
+        "query_segment_ids": jnp.array([1, 1, 2, 2, 2]),
+        "key_segment_ids": jnp.array([1, 1, 1, 1, 2, 2, 0]),
+    }
+    options = {
+        "query_marginal": a,
+        "column_tau": tau,
+        "local_window_size": (2, 4),
+        "finish": finish,
+        "implementation": implementation,
+        **ids,
+    }
+    arrays = tuple(x.astype(dtype) for x in (query, key, value))
+    out = sinkhorn_attention(*arrays, **options)
+    assert out.dtype == dtype
+    wide = (x.astype("float64") for x in arrays)
+    expected = sinkhorn_attention(*wide, **options | {"implementation": "reference"})
+    np.testing.assert_allclose(out.astype("float64"), expected, atol=ATOL[dtype])
 
 
 @plain
