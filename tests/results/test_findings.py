@@ -10,7 +10,7 @@ import pytest
 from experiments.questions import study
 from experiments.registry import QUESTIONS
 from experiments.report import report
-from experiments.study import escape, more, plan, rows
+from experiments.study import dial, escape, more, plan, rows
 from experiments.study.store import Store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,7 +59,8 @@ CELLS = sorted((ROOT / "experiments" / "results" / "study" / "cells").glob("*.js
 @pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
 def test_cells_are_of_the_plan_and_whole(path):
     cells = {cell.name: cell for cell in plan.cells_of(plan.primary())}
-    contrasts = [*more.secondary(plan.TEXT, plan.IMAGES), follow_up()]
+    secondary = more.secondary(plan.TEXT, plan.IMAGES)
+    contrasts = [*secondary, follow_up(), *dial.contrasts(plan.IMAGES)]
     cells |= {c.name: c for c in plan.cells_of(contrasts)}
     cell = cells[path.stem]
     result = Store(path.parent).get(cell)

@@ -32,9 +32,9 @@ def made_up(
     """What `train_and_measure` returns, in its shapes.
 
     Before training the residual is 0.5 and the entropy 0.9. Seed k has the residual
-    times 1.01^k, with Sinkhorn a little more or less than that by turns, and the
-    entropy less k thousandths. `decades` are what each matrix of a
-    product takes under softmax and Sinkhorn.
+    times 1.01^k, with Sinkhorn a little more or less than that by turns, the entropy
+    less column_tau k thousandths, and the accuracy less (1 - column_tau) k thousandths.
+    `decades` are what each matrix of a product takes under softmax and Sinkhorn.
     """
     seeds = np.arange(len(cell.sizes.seeds))
     num_observations, depth = cell.sizes.num_observations + 1, cell.depth
@@ -53,12 +53,12 @@ def made_up(
         "updates": np.linspace(0, cell.sizes.num_steps, num_observations).tolist(),
         "relative_residual": residuals,
         "words_residual": residuals,
-        "entropy": grid(0.9, entropy - seeds / 1000, depth),
+        "entropy": grid(0.9, entropy - cell.column_tau * seeds / 1000, depth),
         "column_defect": grid(0.2, 0.1 + 0 * seeds, depth),
         "attention_gradient": grid(0.1, 0.2 + 0 * seeds, depth),
         "gradient": grid(0.2, 0.3 + 0 * seeds, depth),
         "train_loss": grid(0.7, 0.3 + 0 * seeds, 1)[:, 1:, 0],
-        "validation_accuracy": accuracy + 0.0 * seeds,
+        "validation_accuracy": accuracy + (cell.column_tau - 1) * seeds / 1000,
         "uniform_accuracy": 0.5 + 0.0 * seeds,
     }
     if cell.layer_norm == "pre" and cell.has_skip:

@@ -208,6 +208,19 @@ def test_the_follow_up_has_cells_of_its_own(computed, config):
     check_figure(config.output / "escape.png", 300)
 
 
+def test_networks_between_the_normalisers(computed, config):
+    result = run(dataclasses.replace(config, preset="dial"))
+    assert [cell.column_tau for cell in computed] == [0.25, 1.0, 1.0, 0.5, 0.75]
+    assert [cell.num_iters for cell in computed] == [10, 0, 10, 10, 10]
+    assert {cell.learning_rate for cell in computed} == {0.01}
+    assert len(result["findings"]) == 12
+    check_figure(config.output / "dial.png", 300)
+    names = [row["name"] for row in result["rows"]]
+    found = dict(zip(names, result["findings"], strict=True))
+    assert found["entropy_0.5"]["verdict"] == "supported"
+    assert found["rank_0.5"]["verdict"] == "not supported"
+
+
 def test_full_sizes(computed, config):
     text = dataclasses.replace(TEXT, seeds=(0, 1, 2))
     full = dataclasses.replace(config, preset="sinkformer_imdb", text=text)

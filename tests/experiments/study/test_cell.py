@@ -6,7 +6,7 @@ import re
 import pytest
 from support import study_double
 
-from experiments.study import more, plan
+from experiments.study import dial, more, plan
 from experiments.study.cell import Cell, Sizes
 
 # Values that are not the default: of the fields of Sizes that texts and images share,
@@ -33,6 +33,7 @@ OTHER_DESIGN = {
     "has_skip": False,
     "pooling": "mean",
     "depth": 7,
+    "column_tau": 0.5,
 }
 PLAIN = Cell(sizes=Sizes(), num_iters=0, learning_rate=0.01)
 
@@ -47,7 +48,7 @@ def test_names_are_distinct():
 
 def test_secondary_cells_overwrite_no_primary_ones():
     contrasts = [*plan.primary(), *more.secondary(plan.TEXT, plan.IMAGES)]
-    every = plan.cells_of(contrasts)
+    every = plan.cells_of([*contrasts, *dial.contrasts(plan.IMAGES)])
     assert len({cell.name for cell in every}) == len(every)
 
 
@@ -78,6 +79,7 @@ def test_the_setting_is_what_decides_the_numbers(task, used, unused):
 def test_the_network_has_the_design_of_the_cell():
     sizes = dataclasses.replace(study_double.TEXT, width=16, num_heads=2, mlp_width=24)
     options = {"layer_norm": "post", "pooling": "max", "depth": 3, "num_iters": 4}
+    options["column_tau"] = 0.5
     text = study_double.cell(sizes, **options).encoder(11)
     for name, value in {
         **options,
