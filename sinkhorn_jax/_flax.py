@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Integer
 
 from ._core.checks import number
 from ._core.gradient import Gradient
-from ._core.marginals import static_tau
+from ._core.marginals import floating_marginal, has_mass, static_tau
 from ._core.options import Finish, Options
 from ._runtime.arguments import as_array, known_values
 from ._runtime.dispatch import check_name
@@ -94,6 +94,9 @@ class LayerMask(NamedTuple):
         keys = _within(self.key_value_seq_lengths, (*batch, s))
         queries = _in_segment(self.query_segment_ids, (*batch, t), queries)
         keys = _in_segment(self.key_segment_ids, (*batch, s), keys)
+        a, b = self.query_marginal, self.key_marginal
+        queries = _with_mass("query_marginal", a, (*batch, t), queries)
+        keys = _with_mass("key_marginal", b, (*batch, s), keys)
         if self.mask is not None:
             queries, keys = _allowed(self.mask, queries, keys, batch, t, s)
         if inputs_k is None:
@@ -259,6 +262,18 @@ def _in_segment(ids, shape, tokens):
         return tokens
     inside = jnp.broadcast_to(jnp.asarray(ids) > 0, shape)
     return inside if tokens is None else inside & tokens
+
+
+def _with_mass(name, marginal, shape, tokens):
+    """Those of the tokens (*batch, L) that have mass in a head; None means all."""
+    if marginal is None:
+        return tokens
+    floating: Any = floating_marginal(name, marginal, jnp.shape(marginal))
+    has_any = has_mass(floating)
+    if has_any.ndim > 1:
+        has_any = has_any.any(axis=-2)
+    has_any = jnp.broadcast_to(has_any, shape)
+    return has_any if tokens is None else has_any & tokens
 
 
 def _allowed(mask, queries, keys, batch, t, s):

@@ -262,6 +262,11 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
         tau = None
         if is_learned_tau(self.column_tau):
             plan_options["column_tau"] = 1.0
+            if not hasattr(self, "column_tau_logit"):
+                raise ValueError(
+                    "column_tau='learned' needs the parameter column_tau_logit, which "
+                    "a layer has that was made with it. Make the layer so."
+                )
             tau = nnx.sigmoid(self.column_tau_logit[...])
         masks = LayerMask(
             *(mask, query_seq_lengths, key_value_seq_lengths, sow_error),

@@ -86,7 +86,7 @@ def floating_marginal(
     """The marginal, broadcast to a shape; None stays None."""
     if marginal is None:
         return None
-    marginal = jnp.asarray(marginal)
+    marginal = as_array(name, marginal)
     if not jnp.issubdtype(marginal.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be floating, got {marginal.dtype}. Cast it first."

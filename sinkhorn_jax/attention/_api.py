@@ -311,9 +311,31 @@ def attend(
         error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
         return out, error if problem.return_marginal_error else None
     operands, valid = without_padding(problem, operands)
+    operands, unit = to_unit_marginals(operands)
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         out, error = chosen.attend(problem, operands)
+    if unit is not None:
+        out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
     return out if valid is None else jnp.where(valid.rows, out, 0), error
+
+
+def to_unit_marginals(
+    operands: Operands,
+) -> tuple[Operands, Float[Array, "B N 1"] | None]:
+    """The operands with marginals near 1, and what the output must be multiplied by.
+
+    A plan is proportional to its marginals. Very large or small ones would take
+    products of the passes out of range.
+    """
+    a, b = operands.row_marginal, operands.col_marginal
+    if a is None or b is None:
+        return operands, None
+    largest = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
+    is_usable = (largest > 0) & jnp.isfinite(largest)
+    # A power of 2, which changes no digit.
+    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+    return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit
 
 
 def without_padding(
@@ -337,8 +359,8 @@ def prepare(
     lengths: tuple[Array | None, Array | None],
     *,
     options: Options,
-    marginals: GivenMarginals,
-    pattern: GivenPattern,
+    marginals: GivenMarginals = GivenMarginals(),  # noqa: B008 - immutable.
+    pattern: GivenPattern = GivenPattern(),  # noqa: B008 - immutable.
     dropout: Dropout,
     scale: float | Array | None,
     is_causal: bool,

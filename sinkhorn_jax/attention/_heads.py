@@ -169,7 +169,7 @@ class Heads:
         """The marginals of a head, of which the valid rows and columns are known."""
         o, n = self._operands, self.problem.num_heads
         tau = None if o.tau is None else o.tau[head // n, head % n]
-        if o.row_marginal is None:
+        if o.row_marginal is None or o.col_marginal is None:  # Both or none.
             segments = o.segments
             if segments is not None:
                 segments = Segments(*(x[head // n] for x in segments))

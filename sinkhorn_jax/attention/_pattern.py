@@ -46,7 +46,7 @@ def may_attend(
 
     The segments are those of these queries and keys.
     """
-    allowed = jnp.ones((len(queries), len(keys)), jnp.bool_)
+    allowed = jnp.ones((queries.shape[0], keys.shape[0]), jnp.bool_)
     if window is not None:
         distance = keys[None, :] - queries[:, None]
         allowed = (distance >= -window.left) & (distance <= window.right)
@@ -75,7 +75,7 @@ def rows_with_a_key(
 
 def _count(window, segments, cols, t):
     """How many of the keys `cols` each of `t` queries may attend to."""
-    s, position = len(cols), jnp.arange(t, dtype=jnp.int32)
+    s, position = cols.shape[0], jnp.arange(t, dtype=jnp.int32)
     if segments is None:
         first, last = position - window.left, position + window.right + 1
         first, last = jnp.clip(first, 0, s), jnp.clip(last, 0, s)
@@ -83,10 +83,7 @@ def _count(window, segments, cols, t):
         # The keys of a segment, in order of their position, are a range.
         order = jnp.argsort(segments.key, stable=True).astype(jnp.int32)
         cols, ids = cols[order], segments.key[order]
-        first, last = (
-            jnp.searchsorted(ids, segments.query, side=side).astype(jnp.int32)
-            for side in ("left", "right")
-        )
+        first, last = _range_of(ids, segments.query)
         if window is not None:
             bounds = position - window.left, position + window.right + 1
             first, last = (_lower_bound(order, first, last, bound) for bound in bounds)
@@ -95,13 +92,20 @@ def _count(window, segments, cols, t):
     return before[last] - before[first]
 
 
+def _range_of(in_order, ids):
+    """Where each of the ids begins and ends in a sorted array."""
+    # `jnp.searchsorted` takes no symbolic size.
+    start, end = jnp.zeros_like(ids), jnp.full_like(ids, in_order.shape[0])
+    return tuple(_lower_bound(in_order, start, end, bound) for bound in (ids, ids + 1))
+
+
 def _lower_bound(values, first, last, bound):
     """The first place in each range from which on the values reach the bound."""
 
     def halve(_, place):
         first, last = place
         middle = (first + last) // 2
-        is_below = values[jnp.minimum(middle, len(values) - 1)] < bound
+        is_below = values[jnp.minimum(middle, values.shape[0] - 1)] < bound
         is_open = first < last
         return (
             jnp.where(is_open & is_below, middle + 1, first),
@@ -119,10 +123,10 @@ def totals_by_segment(
 
     def one(values, ids, at):
         in_order = jnp.sort(ids)
-        place = jnp.searchsorted(in_order, ids)
+        place, _ = _range_of(in_order, ids)
         totals = jnp.zeros_like(values).at[place].add(values)
-        found = jnp.minimum(jnp.searchsorted(in_order, at), len(ids) - 1)
-        return jnp.where(in_order[found] == at, totals[found], 0)
+        first, after = _range_of(in_order, at)
+        return jnp.where(first < after, totals[first], 0)
 
     for _ in values.shape[:-1]:
         one = jax.vmap(one)

@@ -23,8 +23,8 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     b, t, s, n = problem.batch, problem.t, problem.s, problem.num_heads
     dtype = accum_dtype(problem.dtype)
     logits = explicit_logits(problem, operands)
-    marginals = operands.row_marginal, operands.col_marginal
-    if operands.row_marginal is None:
+    a, c = operands.row_marginal, operands.col_marginal
+    if a is None or c is None:  # Both or none.
         allowed = logits != -jnp.inf
         rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
         segments = operands.segments
@@ -32,9 +32,9 @@ def attend(problem: Problem, operands: Operands) -> Attended:
             segments = jax.tree.map(
                 lambda x: jnp.broadcast_to(x[:, None], (b, n, x.shape[1])), segments
             )
-        marginals = _problem.uniform_marginals(rows, cols, dtype, segments)
+        a, c = _problem.uniform_marginals(rows, cols, dtype, segments)
     flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
-    matrices = Matrices(logits, *marginals, operands.tau)
+    matrices = Matrices(logits, a, c, operands.tau)
     matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), matrices)
     plan, potentials = matrix.solve(flat, matrices)
     plan = plan.reshape(b, n, t, s)

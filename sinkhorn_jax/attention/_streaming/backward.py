@@ -118,7 +118,7 @@ def _reverse_sweep(blocks, history, df, dg, marginals):
 
     init, steps = (df, dg, total), (before, col_c)
     _, (*weights, dtau) = jax.lax.scan(undo_full_iteration, init, steps, reverse=True)
-    dtau = dtau if tau is None else dtau.sum()
+    dtau = None if dtau is None else dtau.sum()
     return _Sweep(before, col_c, *weights), dtau
 
 

@@ -5,7 +5,7 @@ attend to. The size of what it computes, J, is the same for all blocks.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def choose_layout(problem: Problem) -> Layout:
 
 def visible_keys(problem: Problem, rows: int) -> int:
     """How many consecutive keys a block of so many queries needs."""
-    if problem.window is None:
+    if problem.window is None or not are_known(problem.s, rows):
         return problem.s
     return min(problem.s, rows + problem.window.left + problem.window.right)
 
@@ -89,11 +89,10 @@ class QueryBlock:
         self._start = jnp.minimum(index * rows, t - rows)
         self.positions = self._start + jnp.arange(rows, dtype=jnp.int32)
         self.fresh = self.positions >= index * rows
-        self._sees_all = blocks.num_keys == blocks.heads.problem.s
-        self._first_key: Any = 0
-        if not self._sees_all:
-            first = self._start - blocks.heads.problem.window.left
-            most = blocks.heads.problem.s - blocks.num_keys
+        problem, self._first_key = blocks.heads.problem, jnp.int32(0)
+        self._sees_all = problem.window is None or blocks.num_keys == problem.s
+        if problem.window is not None and not self._sees_all:
+            first, most = self._start - problem.window.left, problem.s - blocks.num_keys
             self._first_key = jnp.clip(first, 0, most)
 
     def take(self, x: Float[Array, "T ..."]) -> Float[Array, "I ..."]:
@@ -140,9 +139,8 @@ class QueryBlock:
         """Logits with bias, -inf where excluded; the same bits in every pass."""
         blocks = self._blocks
         query, key_t = self.take(blocks.query), self.see(blocks.key_t)
-        return blocks.heads.logits(
-            blocks.head, query, key_t, self._start, self._first_key
-        )
+        first = 0 if self._sees_all else self._first_key
+        return blocks.heads.logits(blocks.head, query, key_t, self._start, first)
 
     def kernel(self, f: Float[Array, " T"], g: Float[Array, " S"]) -> Array:
         """The kernel matrix exp(logits + f + g), [I, J]."""

@@ -202,6 +202,35 @@ def test_marginals_of_different_magnitude_in_float32(implementation, spread):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1e-34, 1e20, 1e34])
+@fast
+def test_very_small_and_large_marginals_in_float32(implementation, size):
+    query, key, value = inputs("float32", t=6, s=6)
+    bias = jnp.zeros((1, 1, 6, 6), "float32")
+
+    def gradients(size):
+        mass = jnp.full(6, size, "float32")
+
+        def loss(query, key, value, bias, a, b):
+            out = sinkhorn_attention(
+                query,
+                key,
+                value,
+                bias,
+                query_marginal=a,
+                key_marginal=b,
+                implementation=implementation,
+            )
+            weights = random(9, out.shape).astype("float32")
+            return (out / size * weights).sum()
+
+        arrays = query, key, value, bias, mass, mass
+        *grads, da, db = jax.jit(jax.grad(loss, tuple(range(6))))(*arrays)
+        return *grads, da * size, db * size
+
+    chex.assert_trees_all_close(gradients(size), gradients(1.0), atol=1e-5)
+
+
 @fast
 @pytest.mark.parametrize("tau", [0.01, 0.3, 0.99])
 @pytest.mark.parametrize("offset", [200.0, -200.0])
@@ -317,6 +346,7 @@ def test_transforms(implementation):
         ({"query_marginal": jnp.ones(S)}, ValueError, r"broadcast to \(2, 4, 5\)"),
         ({"key_marginal": jnp.ones((B, S))}, ValueError, r"broadcast to \(2, 4, 7\)"),
         ({"query_marginal": jnp.ones(T, int)}, TypeError, "floating, got int"),
+        ({"query_marginal": "abc"}, TypeError, "query_marginal must be an array"),
         ({"query_marginal": -jnp.ones(T)}, ValueError, "query_marginal .* of -1.0"),
         ({"key_marginal": jnp.full(S, jnp.nan)}, ValueError, "key_marginal .* nan"),
         (
@@ -340,6 +370,26 @@ def test_transforms(implementation):
 def test_bad_input(options, error, says):
     with pytest.raises(error, match=says):
         sinkhorn_attention(*inputs(), **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def test_known_marginals_are_checked_under_transforms(transform):
+    query, key, value = inputs()
+
+    def attend(query, a, b):
+        if transform is jax.vmap:
+            marginals = {"query_marginal": a, "key_marginal": b}
+            return sinkhorn_attention(query, key[0], value[0], **marginals)
+        marginals = {"query_marginal": a, "key_marginal": b}
+        return sinkhorn_attention(query, key, value, **marginals).sum()
+
+    for a, b, says in (
+        (np.array([1.0, 1, -1, 1, 1]), None, "query_marginal must be positive"),
+        (np.ones(T), np.ones(S), "total, got 5.0 and 7.0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            transform(lambda query, a=a, b=b: attend(query, a, b))(query)
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,15 @@ def test_streaming_holds_nothing_of_the_size_of_the_plan():
         ({"local_window_size": -1}, ValueError, r"got \(-1, -1\)"),
         ({"local_window_size": 1.5}, TypeError, "integer"),
         ({"local_window_size": (1, 2, 3)}, TypeError, "pair"),
+        (
+            {
+                "query_segment_ids": np.full(T, 2**32 + 1),
+                "key_segment_ids": np.ones(S, int),
+            },
+            ValueError,
+            "query_segment_ids must be in the range of int32, got 4294967297",
+        ),
+        ({"local_window_size": (None, 2)}, TypeError, "a pair of them"),
         ({"query_segment_ids": jnp.ones((B, T), int)}, ValueError, "without key_seg"),
         ({"key_segment_ids": jnp.ones((B, S), int)}, ValueError, "without query_seg"),
         (
@@ -337,6 +346,40 @@ def test_kernels_say_what_they_do_not_take(name, options, says):
         jax.eval_shape(
             lambda: sinkhorn_attention(*arrays, implementation=name, **options)
         )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("implementation", ["scaling", "streaming"])
+def test_programs_with_a_symbolic_length(implementation):
+    operands = inputs(**LONG)
+    ids = SEGMENTS["query_segment_ids"], SEGMENTS["key_segment_ids"]
+
+    def attend(operands, query_ids, key_ids):
+        return sinkhorn_attention(
+            *operands,
+            query_segment_ids=query_ids,
+            key_segment_ids=key_ids,
+            local_window_size=(2, 3),
+            implementation=implementation,
+        )
+
+    t, s = jax.export.symbolic_shape("t, s")
+    shapes = (B, t, N, 3), (B, s, K, 3), (B, s, K, 6)
+    arrays = tuple(jax.ShapeDtypeStruct(shape, "float64") for shape in shapes)
+    of_ids = (jax.ShapeDtypeStruct((B, n), ids[0].dtype) for n in (t, s))
+    program = jax.export.export(jax.jit(attend))(arrays, *of_ids)
+    got = program.call(operands, *ids)
+    np.testing.assert_allclose(got, attend(operands, *ids), atol=1e-12)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_windows_and_ids_of_other_types():
+    operands = inputs(**LONG)
+    ids = {name: np.array(x, np.int16) for name, x in SEGMENTS.items()}
+    window = np.array([2, 3])
+    expected = sinkhorn_attention(*operands, **SEGMENTS, local_window_size=(2, 3))
+    got = sinkhorn_attention(*operands, **ids, local_window_size=window)
+    np.testing.assert_array_equal(got, expected)
 
 
 @plain

@@ -305,7 +305,7 @@ def test_nnx_modes_and_missing_keys_of_dropout():
 
 
 @frameworks
-@pytest.mark.parametrize("kind", ["lengths", "mask"])
+@pytest.mark.parametrize("kind", ["lengths", "mask", "segments", "marginals"])
 @pytest.mark.parametrize("is_self_attention", [True, False])
 def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
     framework, is_self_attention, kind
@@ -320,6 +320,21 @@ def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
         rows = np.arange(T)[None, :, None] < queries[:, None, None]
         cols = np.arange(T if given == 1 else S)[None, None] < keys[:, None, None]
         padding = {"mask": (rows & cols)[:, None]}
+    elif kind != "lengths":
+        is_valid = [
+            jnp.arange(size)[None, :] < n[:, None]
+            for size, n in zip((T, S)[:given], lengths, strict=False)
+        ]
+        names = "query_segment_ids", "key_segment_ids"
+        padding = {n: x.astype("int32") for n, x in zip(names, is_valid, strict=False)}
+        if kind == "marginals":
+            share = lengths[0] / lengths[given - 1]
+            padding = {
+                "query_marginal": is_valid[0][:, None].astype("float32"),
+                "key_marginal": jnp.where(
+                    is_valid[-1][:, None], share[:, None, None], 0.0
+                ).astype("float32"),
+            }
 
     def gradients(junk):
         inputs = [tokens(), tokens(1, S)][:given]
