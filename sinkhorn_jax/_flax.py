@@ -26,12 +26,12 @@ from .attention._api import (
     prepare,
     without_padding,
 )
+from .attention._pattern import check_window
 from .attention._problem import Dropout, GivenMarginals, GivenPattern
 from .attention._reference import explicit_logits
 from .attention._validate import (
     PADDED_QUERIES,
     check_pattern,
-    check_window,
     checked_tolerance,
     static_scale,
 )

@@ -16,6 +16,8 @@ from .._core.options import Finish, Options
 from .._core.precision import accum_dtype
 from .._runtime.arguments import as_array
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
+from ._marginals import to_unit_marginals, with_marginals
+from ._pattern import check_segments, check_window
 from ._problem import (
     Attended,
     Dropout,
@@ -34,11 +36,8 @@ from ._validate import (
     check_dropout,
     check_pattern,
     check_scale,
-    check_segments,
-    check_window,
     checked_tolerance,
     valid_tokens,
-    with_marginals,
 )
 
 AttentionImplementation = Literal[
@@ -317,25 +316,6 @@ def attend(
     if unit is not None:
         out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
     return out if valid is None else jnp.where(valid.rows, out, 0), error
-
-
-def to_unit_marginals(
-    operands: Operands,
-) -> tuple[Operands, Float[Array, "B N 1"] | None]:
-    """The operands with marginals near 1, and what the output must be multiplied by.
-
-    A plan is proportional to its marginals. Very large or small ones would take
-    products of the passes out of range.
-    """
-    a, b = operands.row_marginal, operands.col_marginal
-    if a is None or b is None:
-        return operands, None
-    largest = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
-    is_usable = (largest > 0) & jnp.isfinite(largest)
-    # A power of 2, which changes no digit.
-    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
-    unit = jnp.ldexp(jnp.ones_like(largest), exponent - 1)
-    return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit
 
 
 def without_padding(

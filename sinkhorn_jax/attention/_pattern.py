@@ -5,11 +5,16 @@ packed sequences are segments, each a problem of its own: queries and keys have 
 that must be equal, and are padding where these are not positive.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from .._core.checks import integer
+from .._core.marginals import broadcast
+from .._runtime.arguments import are_known, known_values
 
 
 class Window(NamedTuple):
@@ -34,6 +39,75 @@ class Segments(NamedTuple):
     def reversed(self) -> "Segments":
         """With queries and keys exchanged."""
         return Segments(self.key, self.query)
+
+
+def check_window(window: Any, t: Any, s: Any) -> Window | None:
+    """The window, None if it excludes nothing.
+
+    Raises:
+        TypeError: It is no integer and no pair of integers.
+        ValueError: It is negative or one-sided.
+    """
+    if window is None:
+        return None
+    is_pair = isinstance(window, (tuple, list)) or np.ndim(window) == 1
+    try:
+        sides: Any = window if is_pair else (window, window)
+        left, right = (integer("local_window_size", side) for side in sides)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "local_window_size must be an integer or a pair of them (left, right), "
+            f"known at trace time, got {window!r}."
+        ) from None
+    if min(left, right) < 1:
+        raise ValueError(
+            f"local_window_size must reach at least 1 to either side, got "
+            f"{(left, right)}: a one-sided window leaves the identity as the only "
+            "doubly stochastic plan, so every token would attend to itself alone. Use "
+            "jax.nn.dot_product_attention for it."
+        )
+    if are_known(t, s) and left >= t - 1 and right >= s - 1:
+        return None
+    return Window(left, right)
+
+
+def check_segments(
+    query_ids: Any, key_ids: Any, batch: Any, t: Any, s: Any
+) -> Segments | None:
+    """The segments of queries and keys, (B, T) and (B, S).
+
+    Raises:
+        TypeError: Ids are not integers.
+        ValueError: One comes without the other, or with a wrong shape.
+    """
+    names = "query_segment_ids", "key_segment_ids"
+    given = dict(zip(names, (query_ids, key_ids), strict=True))
+    if query_ids is None and key_ids is None:
+        return None
+    for name, ids in given.items():
+        if ids is None:
+            other = names[names[0] == name]
+            raise ValueError(
+                f"{other} comes without {name}: queries attend to keys of their own "
+                "segment, so both must be known. In self-attention give the same twice."
+            )
+    arrays = []
+    for (name, ids), length in zip(given.items(), (t, s), strict=True):
+        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(
+                f"{name} must be integer, got {ids.dtype}: 1, 2, ... name the segments "
+                "and 0 is padding."
+            )
+        values = known_values(ids)
+        if values is not None and (values != values.astype(np.int32)).any():
+            raise ValueError(
+                f"{name} must be in the range of int32, got {values.max()} at most: "
+                "number the segments of a row from 1."
+            )
+        ids = jnp.asarray(ids).astype(jnp.int32)
+        arrays.append(broadcast(name, ids, (batch, length)))
+    return Segments(*arrays)
 
 
 def may_attend(

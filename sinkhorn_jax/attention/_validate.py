@@ -11,19 +11,7 @@ from jax.core import Tracer
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import integer, number
-from .._core.marginals import (
-    Names,
-    broadcast,
-    check_signs,
-    check_totals,
-    check_traced,
-    complete,
-    floating_marginal,
-    is_known,
-    totals_rtol,
-)
-from .._core.precision import accum_dtype
+from .._core.checks import number
 from .._runtime.arguments import (
     are_known,
     as_array,
@@ -31,10 +19,7 @@ from .._runtime.arguments import (
     known_values,
     refuse_no_number,
 )
-from ._pattern import Segments, Window, totals_by_segment, uniform_by_segment
-from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
-NAMES: Final = Names("query_marginal", "key_marginal")
 CAUSAL: Final = (
     "{} leaves the identity as the only doubly stochastic plan, so every "
     "token would attend to itself alone. For causal attention use "
@@ -236,151 +221,6 @@ def checked_tolerance(tolerance: float | None) -> float | None:
     """The tolerance, unless it is text or a truth value."""
     refuse_no_number("tolerance", tolerance)
     return tolerance
-
-
-def with_marginals(
-    problem: Problem, operands: Operands, given: GivenMarginals
-) -> Operands:
-    """The operands with both marginals, uniform where not given, 0 for padding."""
-    if not problem.has_marginals:
-        return operands
-    a, b = _marginals(problem, given)
-    rtol = totals_rtol(given.query, given.key)
-    with jax.ensure_compile_time_eval():
-        _check_known(problem, operands, given, rtol)
-    operands = operands._replace(row_marginal=a, col_marginal=b)
-    rows, cols = valid_by_head(problem, operands)
-    if operands.segments is not None:
-        a, b = _complete_by_segment(a, b, rows, cols, operands.segments)
-    a, b = complete(a, b, rows, cols, accum_dtype(problem.dtype))
-    check_traced(NAMES, a, b, operands.tau, rtol)
-    return operands._replace(row_marginal=a, col_marginal=b)
-
-
-def _marginals(problem, given):
-    """The given marginals (B, N, T) and (B, N, S), in the dtype of the potentials."""
-    heads, dtype = (problem.batch, problem.num_heads), accum_dtype(problem.dtype)
-    a = floating_marginal(NAMES.rows, given.query, (*heads, problem.t))
-    b = floating_marginal(NAMES.cols, given.key, (*heads, problem.s))
-    return tuple(x if x is None else x.astype(dtype) for x in (a, b))
-
-
-def _complete_by_segment(a, b, rows, cols, segments):
-    """Both marginals, uniform in each segment where not given."""
-    a, b = (x if x is None else jnp.where(y, x, 0) for x, y in ((a, rows), (b, cols)))
-    segments = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (*rows.shape[:2], x.shape[-1])), segments
-    )
-    if a is None and b is not None:
-        a = uniform_by_segment(rows, b, segments.reversed)
-    if b is None and a is not None:
-        b = uniform_by_segment(cols, a, segments)
-    return a, b
-
-
-def check_window(window: Any, t: Any, s: Any) -> Window | None:
-    """The window, None if it excludes nothing.
-
-    Raises:
-        TypeError: It is no integer and no pair of integers.
-        ValueError: It is negative or one-sided.
-    """
-    if window is None:
-        return None
-    is_pair = isinstance(window, (tuple, list)) or np.ndim(window) == 1
-    try:
-        sides: Any = window if is_pair else (window, window)
-        left, right = (integer("local_window_size", side) for side in sides)
-    except (TypeError, ValueError):
-        raise TypeError(
-            "local_window_size must be an integer or a pair of them (left, right), "
-            f"known at trace time, got {window!r}."
-        ) from None
-    if min(left, right) < 1:
-        raise ValueError(
-            f"local_window_size must reach at least 1 to either side, got "
-            f"{(left, right)}: a one-sided window leaves the identity as the only "
-            "doubly stochastic plan, so every token would attend to itself alone. Use "
-            "jax.nn.dot_product_attention for it."
-        )
-    if are_known(t, s) and left >= t - 1 and right >= s - 1:
-        return None
-    return Window(left, right)
-
-
-def check_segments(
-    query_ids: Any, key_ids: Any, batch: Any, t: Any, s: Any
-) -> Segments | None:
-    """The segments of queries and keys, (B, T) and (B, S).
-
-    Raises:
-        TypeError: Ids are not integers.
-        ValueError: One comes without the other, or with a wrong shape.
-    """
-    names = "query_segment_ids", "key_segment_ids"
-    given = dict(zip(names, (query_ids, key_ids), strict=True))
-    if query_ids is None and key_ids is None:
-        return None
-    for name, ids in given.items():
-        if ids is None:
-            other = names[names[0] == name]
-            raise ValueError(
-                f"{other} comes without {name}: queries attend to keys of their own "
-                "segment, so both must be known. In self-attention give the same twice."
-            )
-    arrays = []
-    for (name, ids), length in zip(given.items(), (t, s), strict=True):
-        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(
-                f"{name} must be integer, got {ids.dtype}: 1, 2, ... name the segments "
-                "and 0 is padding."
-            )
-        values = known_values(ids)
-        if values is not None and (values != values.astype(np.int32)).any():
-            raise ValueError(
-                f"{name} must be in the range of int32, got {values.max()} at most: "
-                "number the segments of a row from 1."
-            )
-        ids = jnp.asarray(ids).astype(jnp.int32)
-        arrays.append(broadcast(name, ids, (batch, length)))
-    return Segments(*arrays)
-
-
-def _check_known(problem, operands, given, rtol):
-    """Raises for marginals that are wrong, as far as values are known.
-
-    Also under `jit`: what is a constant there is known. Entries that something
-    excludes that is not known count as allowed.
-    """
-    sizes = problem.batch, problem.num_heads, problem.t, problem.s
-    query, key = (x if is_known(x) else None for x in (given.query, given.key))
-    if not are_known(*sizes) or (query is None and key is None):
-        return
-    a, b = _marginals(problem, given._replace(query=query, key=key))
-    excludes = "bias", "mask", "query_valid", "key_valid", "segments"
-    given_excludes = {name: getattr(operands, name) for name in excludes}
-    known = {n: x if is_known(x) else None for n, x in given_excludes.items()}
-    operands = operands._replace(**known, row_marginal=a, col_marginal=b)
-    rows, cols = valid_by_head(problem, operands)
-    a = a if a is None else check_signs(NAMES.rows, a, rows)
-    b = b if b is None else check_signs(NAMES.cols, b, cols)
-    tau = operands.tau
-    # What is not known may exclude what makes the totals differ, or allow it.
-    all_known = all(known[name] is x for name, x in given_excludes.items())
-    is_decided = all_known and (tau is None or is_known(tau))
-    if a is None or b is None or not is_decided:
-        return
-    if operands.segments is None:
-        check_totals(NAMES, a, b, tau, rtol, "")
-        return
-    tau = None if tau is None else jnp.broadcast_to(tau[..., None], b.shape)
-    query, key = (
-        jnp.repeat(x[:, None], problem.num_heads, axis=1) for x in operands.segments
-    )
-    totals = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
-    totals = (jnp.where(cols, x, 0)[..., None] for x in totals)
-    check_totals(NAMES, *totals, tau, rtol, "Each segment has totals of its own.")
 
 
 def check_pattern(

@@ -1,0 +1,119 @@
+"""The marginals of attention, from what the caller gave."""
+
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._core.marginals import (
+    Names,
+    check_signs,
+    check_totals,
+    check_traced,
+    complete,
+    floating_marginal,
+    is_known,
+    totals_rtol,
+)
+from .._core.precision import accum_dtype
+from .._runtime.arguments import are_known
+from ._pattern import totals_by_segment, uniform_by_segment
+from ._problem import GivenMarginals, Operands, Problem, valid_by_head
+
+NAMES: Final = Names("query_marginal", "key_marginal")
+
+
+def with_marginals(
+    problem: Problem, operands: Operands, given: GivenMarginals
+) -> Operands:
+    """The operands with both marginals, uniform where not given, 0 for padding."""
+    if not problem.has_marginals:
+        return operands
+    a, b = _marginals(problem, given)
+    rtol = totals_rtol(given.query, given.key)
+    with jax.ensure_compile_time_eval():
+        _check_known(problem, operands, given, rtol)
+    operands = operands._replace(row_marginal=a, col_marginal=b)
+    rows, cols = valid_by_head(problem, operands)
+    if operands.segments is not None:
+        a, b = _complete_by_segment(a, b, rows, cols, operands.segments)
+    a, b = complete(a, b, rows, cols, accum_dtype(problem.dtype))
+    check_traced(NAMES, a, b, operands.tau, rtol)
+    return operands._replace(row_marginal=a, col_marginal=b)
+
+
+def _marginals(problem, given):
+    """The given marginals (B, N, T) and (B, N, S), in the dtype of the potentials."""
+    heads, dtype = (problem.batch, problem.num_heads), accum_dtype(problem.dtype)
+    a = floating_marginal(NAMES.rows, given.query, (*heads, problem.t))
+    b = floating_marginal(NAMES.cols, given.key, (*heads, problem.s))
+    return tuple(x if x is None else x.astype(dtype) for x in (a, b))
+
+
+def _complete_by_segment(a, b, rows, cols, segments):
+    """Both marginals, uniform in each segment where not given."""
+    a, b = (x if x is None else jnp.where(y, x, 0) for x, y in ((a, rows), (b, cols)))
+    segments = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (*rows.shape[:2], x.shape[-1])), segments
+    )
+    if a is None and b is not None:
+        a = uniform_by_segment(rows, b, segments.reversed)
+    if b is None and a is not None:
+        b = uniform_by_segment(cols, a, segments)
+    return a, b
+
+
+def _check_known(problem, operands, given, rtol):
+    """Raises for marginals that are wrong, as far as values are known.
+
+    Also under `jit`: what is a constant there is known. Entries that something
+    excludes that is not known count as allowed.
+    """
+    sizes = problem.batch, problem.num_heads, problem.t, problem.s
+    query, key = (x if is_known(x) else None for x in (given.query, given.key))
+    if not are_known(*sizes) or (query is None and key is None):
+        return
+    a, b = _marginals(problem, given._replace(query=query, key=key))
+    excludes = "bias", "mask", "query_valid", "key_valid", "segments"
+    given_excludes = {name: getattr(operands, name) for name in excludes}
+    known = {n: x if is_known(x) else None for n, x in given_excludes.items()}
+    operands = operands._replace(**known, row_marginal=a, col_marginal=b)
+    rows, cols = valid_by_head(problem, operands)
+    a = a if a is None else check_signs(NAMES.rows, a, rows)
+    b = b if b is None else check_signs(NAMES.cols, b, cols)
+    tau = operands.tau
+    # What is not known may exclude what makes the totals differ, or allow it.
+    all_known = all(known[name] is x for name, x in given_excludes.items())
+    is_decided = all_known and (tau is None or is_known(tau))
+    if a is None or b is None or not is_decided:
+        return
+    if operands.segments is None:
+        check_totals(NAMES, a, b, tau, rtol, "")
+        return
+    tau = None if tau is None else jnp.broadcast_to(tau[..., None], b.shape)
+    query, key = (
+        jnp.repeat(x[:, None], problem.num_heads, axis=1) for x in operands.segments
+    )
+    totals = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
+    totals = (jnp.where(cols, x, 0)[..., None] for x in totals)
+    check_totals(NAMES, *totals, tau, rtol, "Each segment has totals of its own.")
+
+
+def to_unit_marginals(
+    operands: Operands,
+) -> tuple[Operands, Float[Array, "B N 1"] | None]:
+    """The operands with marginals near 1, and what the output must be multiplied by.
+
+    A plan is proportional to its marginals. Very large or small ones would take
+    products of the passes out of range.
+    """
+    a, b = operands.row_marginal, operands.col_marginal
+    if a is None or b is None:
+        return operands, None
+    largest = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
+    is_usable = (largest > 0) & jnp.isfinite(largest)
+    # A power of 2, which changes no digit.
+    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+    return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit
