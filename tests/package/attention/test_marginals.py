@@ -63,6 +63,7 @@ def gradients(implementation, arrays, options):
     return jax.jit(jax.value_and_grad(loss, tuple(range(6))))(*arrays)
 
 
+@pytest.mark.few(5)
 @fast
 @pytest.mark.parametrize(
     "options",
@@ -126,6 +127,7 @@ def test_dtypes(implementation, dtype, finish):
     np.testing.assert_allclose(out.astype("float64"), expected, atol=ATOL[dtype])
 
 
+@pytest.mark.few(1)
 @plain
 def test_rows_and_columns_have_their_sums(implementation):
     query, key, _, a, b, _ = operands()
@@ -144,6 +146,7 @@ def test_rows_and_columns_have_their_sums(implementation):
     assert error.max() < 1e-9
 
 
+@pytest.mark.few(2)
 @plain
 def test_a_marginal_of_0_is_padding(implementation):
     a, b = WITH_ZEROS
@@ -180,6 +183,7 @@ def test_a_column_tau_of_0_is_softmax_attention(implementation, num_iters):
     chex.assert_trees_all_close(out, softmax, atol=2e-7)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("spread", [1e3, 1e8, 1e12])
 @fast
 def test_marginals_of_different_magnitude_in_float32(implementation, spread):
@@ -202,6 +206,7 @@ def test_marginals_of_different_magnitude_in_float32(implementation, spread):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", [1e-34, 1e20, 1e34])
 @fast
 def test_very_small_and_large_marginals_in_float32(implementation, size):
@@ -231,6 +236,7 @@ def test_very_small_and_large_marginals_in_float32(implementation, size):
     chex.assert_trees_all_close(gradients(size), gradients(1.0), atol=1e-5)
 
 
+@pytest.mark.few(3)
 @fast
 @pytest.mark.parametrize("tau", [0.01, 0.3, 0.99])
 @pytest.mark.parametrize("offset", [200.0, -200.0])
@@ -260,6 +266,7 @@ def test_column_tau_with_offset_columns_in_float32(implementation, tau, offset):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 def test_every_head_stops_at_the_tolerance(implementation):
     query, key, value = inputs(scale=2.0)
@@ -288,6 +295,7 @@ def test_every_head_stops_at_the_tolerance(implementation):
     assert not waiting.any()
 
 
+@pytest.mark.few(1)
 @plain
 def test_arguments_of_a_single_element(implementation):
     query, key, value = (x[0] for x in inputs())
@@ -302,6 +310,7 @@ def test_arguments_of_a_single_element(implementation):
     np.testing.assert_array_equal(out, batched[0])
 
 
+@pytest.mark.few(1)
 @plain
 def test_transforms(implementation):
     arrays = operands()

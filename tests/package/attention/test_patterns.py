@@ -51,6 +51,7 @@ def gradients(options, operands, bias=None):
     return jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(operands, bias)
 
 
+@pytest.mark.few(4)
 @plain
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_window_is_a_band_mask(implementation, window):
@@ -62,6 +63,7 @@ def test_a_window_is_a_band_mask(implementation, window):
     chex.assert_trees_all_close(got, expected, atol=1e-11)
 
 
+@pytest.mark.few(5)
 @plain
 @pytest.mark.parametrize(
     "options",
@@ -115,6 +117,7 @@ def segments_apart(operands, options):
     return jax.value_and_grad(loss, has_aux=True)(operands)
 
 
+@pytest.mark.few(4)
 @plain
 @pytest.mark.parametrize(
     "options",
@@ -143,6 +146,7 @@ def test_packed_segments_equal_one_call_each(implementation, options):
     chex.assert_trees_all_close(got, expected, atol=1e-9)
 
 
+@pytest.mark.few(1)
 @plain
 def test_segments_in_any_order(implementation):
     query, key, value = inputs(**LONG)
@@ -159,6 +163,7 @@ def test_segments_in_any_order(implementation):
     np.testing.assert_allclose(got, expected[:, rows], atol=1e-12)
 
 
+@pytest.mark.few(2)
 @plain
 def test_segments_within_a_window_and_a_mask(implementation):
     operands = inputs(**LONG)
@@ -188,6 +193,7 @@ def test_segments_within_a_window_and_a_mask(implementation):
     chex.assert_trees_all_close(masked, expected, atol=1e-11)
 
 
+@pytest.mark.few(1)
 @plain
 def test_one_marginal_is_completed_in_each_segment(implementation):
     operands, ids = inputs(**LONG), SEGMENTS["key_segment_ids"]
@@ -214,6 +220,7 @@ def test_one_marginal_is_completed_in_each_segment(implementation):
             )
 
 
+@pytest.mark.few(3)
 @plain
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e38])
 def test_junk_in_padding_reaches_nothing(implementation, poison):
@@ -237,6 +244,7 @@ def test_junk_in_padding_reaches_nothing(implementation, poison):
     chex.assert_trees_all_equal(run(poisoned), run(operands))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("window", "bound"), [((1, 1), 6e-2), ((4, 4), 2e-2)])
 def test_the_iteration_converges_within_a_window(window, bound):
     arrays = inputs("float64", t=64, s=64)
@@ -348,6 +356,7 @@ def test_kernels_say_what_they_do_not_take(name, options, says):
         )
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("implementation", ["scaling", "streaming"])
 def test_programs_with_a_symbolic_length(implementation):
@@ -395,6 +404,7 @@ def test_a_window_that_excludes_nothing_changes_no_program(implementation):
     assert lowered(local_window_size=7) == lowered()
 
 
+@pytest.mark.few(1)
 @plain
 def test_transforms(implementation):
     operands = inputs(**LONG)

@@ -87,6 +87,7 @@ def loss(function, implementation, options):
     return jax.jit(jax.grad(of_result, argnums=(0, 1, 2, 3)))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("function", [sinkhorn, sinkhorn_potentials])
 @pytest.mark.parametrize(
     "options",
@@ -106,6 +107,7 @@ def test_gradients_agree_with_autodiff(function, options):
     chex.assert_trees_all_close(got, expected, atol=1e-10)
 
 
+@pytest.mark.few(1)
 @plain
 def test_the_implicit_gradient_is_the_limit(implementation):
     # Without the matrix of tau = 1, whose potentials are free by a constant, and of
@@ -137,6 +139,7 @@ def test_the_derivative_by_tau_is_that_of_differences(implementation):
     np.testing.assert_allclose(jax.grad(value)(tau), difference, rtol=1e-7)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("tau", [0.3, 0.9])
 def test_converges_to_the_relaxed_transport_of_ott(tau):
     ott_geometry = pytest.importorskip("ott.geometry.geometry")
@@ -153,18 +156,22 @@ def test_converges_to_the_relaxed_transport_of_ott(tau):
     np.testing.assert_allclose(plan, expected.matrix, atol=1e-10)
 
 
+@pytest.mark.few(1)
 @plain
 def test_columns_obey_the_first_order_condition(implementation):
     # The penalty tau / (1 - tau) KL(columns | b) has the derivative
     # tau / (1 - tau) log(columns / b), which is -g at the optimum.
     logits, a, b, tau = problem()
     options = {"row_marginal": a, "col_marginal": b, "column_tau": tau}
-    f, g, *_ = sinkhorn_potentials(logits, 3000, implementation="scaling", **options)
+    f, g, *_ = sinkhorn_potentials(
+        logits, 3000, implementation=implementation, **options
+    )
     sums = jnp.exp(logits + f[..., None] + g[:, None, :]).sum(axis=1)
     left, right = (1 - tau)[:, None] * g, -tau[:, None] * jnp.log(sums / b)
     np.testing.assert_allclose(left, right, atol=1e-10)
 
 
+@pytest.mark.few(6)
 @plain
 @pytest.mark.parametrize("offset", [200.0, -200.0])
 @pytest.mark.parametrize("tau", TAUS)
@@ -207,6 +214,7 @@ def test_bad_input(tau, error, says):
         sinkhorn(jnp.zeros((2, T, S)), column_tau=tau)
 
 
+@pytest.mark.few(1)
 @plain
 def test_transforms(implementation):
     logits, _, _, tau = problem()

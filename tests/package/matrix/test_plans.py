@@ -14,6 +14,7 @@ from support.matrices import S, T, marginals, random, sparse_with_padding
 from sinkhorn_jax import sinkhorn, sinkhorn_potentials
 from sinkhorn_jax._core.domain import Linear
 from sinkhorn_jax._core.iteration import is_representable, iterate
+from sinkhorn_jax._core.marginals import Marginals
 from sinkhorn_jax._core.options import Options
 from sinkhorn_jax.matrix import IMPLEMENTATIONS
 
@@ -191,8 +192,9 @@ def test_logits_outside_the_linear_domain_are_noticed():
 
     def fits(logits, num_iters):
         domain, ones = Linear.of(jnp.asarray(logits)), jnp.ones(16, "float32")
-        history = iterate(domain, ones, ones, Options(num_iters))
-        return bool(is_representable(domain, history, ones, ones))
+        marginals = Marginals(ones, ones)
+        history = iterate(domain, marginals, Options(num_iters))
+        return bool(is_representable(domain, history, marginals))
 
     assert fits(named["standard deviation 1"], 50)
     assert fits(named["standard deviation 100"], 10)
