@@ -63,7 +63,7 @@ def gradients(implementation, arrays, options):
     return jax.jit(jax.value_and_grad(loss, tuple(range(6))))(*arrays)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @fast
 @pytest.mark.parametrize(
     "options",
@@ -101,7 +101,7 @@ def test_gradients_with_padding_agree_with_autodiff(implementation):
     )
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

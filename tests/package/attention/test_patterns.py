@@ -117,7 +117,7 @@ def segments_apart(operands, options):
     return jax.value_and_grad(loss, has_aux=True)(operands)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @plain
 @pytest.mark.parametrize(
     "options",
