@@ -257,7 +257,7 @@ def _within(lengths, shape):
 
 
 def _in_segment(ids, shape, tokens):
-    """Those of the tokens (*batch, L) that are in a segment; None means all."""
+    """The tokens (*batch, L) that are in a segment too; None means all."""
     if ids is None:
         return tokens
     inside = jnp.broadcast_to(jnp.asarray(ids) > 0, shape)
@@ -265,7 +265,7 @@ def _in_segment(ids, shape, tokens):
 
 
 def _with_mass(name, marginal, shape, tokens):
-    """Those of the tokens (*batch, L) that have mass in a head; None means all."""
+    """The tokens (*batch, L) that have mass in a head too; None means all."""
     if marginal is None:
         return tokens
     floating: Any = floating_marginal(name, marginal, jnp.shape(marginal))

@@ -82,7 +82,7 @@ def reverse_sweep(
         return jnp.where(domain.cols, dg / jnp.where(domain.cols, sums, 1), 0)
 
     def changes(k):
-        """Those of the scalings, relative; 0 and False if not all are small."""
+        """Relative changes of both scalings; 0 and False if not all are small."""
         if tau is not None:  # Then t becomes smaller by itself.
             return zero, zero, False
         if of_plan:  # Then t is 0.
@@ -95,8 +95,8 @@ def reverse_sweep(
 
     if tau is not None:
         # What the next column step leaves of it.
-        excess = tau * (dg.sum() if finish == "columns" else excess)
-        excess = excess - (df.sum() if finish == "columns" else 0)
+        ends_on_columns = finish == "columns"
+        excess = tau * dg.sum() - df.sum() if ends_on_columns else tau * excess
     if finish == "rows":
         row_weight = row_weight.at[num_iters].set(weight_of_row_step(num_iters, df))
         df = jnp.zeros_like(df)

@@ -1,5 +1,6 @@
-"""What the sums of a plan should be: defaults, and checks of given values."""
+"""The sums that a plan should have: defaults, and checks of given values."""
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from .precision import in_range
 # Marginals whose totals differ by more than this, relatively, are an error; a smaller
 # difference is rounding. Where the dtype of the marginals is coarser, its eps counts.
 TOTALS_RTOL: Final = 1e-3
+TAU_RANGE: Final = (
+    "column_tau must be between 0 (softmax) and 1 (doubly stochastic), got "
+)
 
 
 class Marginals(NamedTuple):
@@ -33,7 +37,7 @@ class Marginals(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What the caller calls the marginals."""
+    """The caller's names of the marginals, for errors."""
 
     rows: str
     cols: str
@@ -53,19 +57,26 @@ def complete(
     rows: Bool[Array, "*batch T"],
     cols: Bool[Array, "*batch S"],
     dtype: jnp.dtype,
+    uniform: tuple[Callable[..., Array], ...] | None = None,
 ) -> tuple[Float[Array, "*batch T"], Float[Array, "*batch S"]]:
-    """Both marginals, uniform where not given, and 0 for padding."""
+    """Both marginals, uniform where not given, and 0 for padding.
+
+    `uniform` are the functions like `uniform_marginal` for rows and for columns.
+    """
+    of_rows, of_cols = uniform or (uniform_marginal, uniform_marginal)
     a, b = (
         x if x is None else jnp.where(valid, x, 0)
         for x, valid in ((a, rows), (b, cols))
     )
     if a is None:
-        a = rows.astype(dtype) if b is None else _uniform(rows, b)
-    return a, _uniform(cols, a) if b is None else b
+        a = rows.astype(dtype) if b is None else of_rows(rows, b)
+    return a, of_cols(cols, a) if b is None else b
 
 
-def _uniform(valid, other):
-    """The uniform marginal with the total of the other one."""
+def uniform_marginal(
+    valid: Bool[Array, "*batch S"], other: Float[Array, "*batch T"]
+) -> Float[Array, "*batch S"]:
+    """The uniform marginal that has the total of another one."""
     count = valid.sum(axis=-1).astype(other.dtype)
     count = jnp.where(count == 0, 1, count)
     total = other.sum(axis=-1)
@@ -95,7 +106,7 @@ def floating_marginal(
 
 
 def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    """The array, broadcast to a shape that the other arguments give it."""
+    """The array, broadcast to the shape that the other arguments require."""
     try:
         fits = jnp.broadcast_shapes(x.shape, shape) == tuple(shape)
     except ValueError:
@@ -111,7 +122,7 @@ def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
 def totals_rtol(*marginals: Any) -> float:
     """The relative difference of totals that is rounding."""
     dtypes = [jnp.asarray(x).dtype for x in marginals if x is not None]
-    return max(TOTALS_RTOL, *(float(jnp.finfo(dtype).eps) for dtype in dtypes))
+    return max([TOTALS_RTOL, *(float(jnp.finfo(dtype).eps) for dtype in dtypes)])
 
 
 def check_signs(name: str, marginal: Array, valid: Bool[Array, "..."]) -> Array:
@@ -205,14 +216,13 @@ def checked_tau(
     if values is not None:
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(
-                "column_tau must be between 0 (softmax) and 1 (doubly stochastic), "
-                f"got a minimum of {values.min()} and a maximum of {values.max()}."
+                f"{TAU_RANGE}a minimum of {values.min()} and a maximum of "
+                f"{values.max()}."
             )
     elif has_traced_checks():
         checkify.check(
             ((tau >= 0) & (tau <= 1)).all(),
-            "column_tau must be between 0 (softmax) and 1 (doubly stochastic), got a "
-            "minimum of {low} and a maximum of {high}.",
+            TAU_RANGE + "a minimum of {low} and a maximum of {high}.",
             low=tau.min(),
             high=tau.max(),
         )
@@ -226,8 +236,5 @@ def static_tau(tau: Any) -> float:
         "column_tau", tau, "An array is an argument of sinkhorn_attention and sinkhorn."
     )
     if not 0 <= tau <= 1:
-        raise ValueError(
-            "column_tau must be between 0 (softmax) and 1 (doubly stochastic), got "
-            f"{tau}."
-        )
+        raise ValueError(f"{TAU_RANGE}{tau}.")
     return tau

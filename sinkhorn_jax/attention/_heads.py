@@ -18,7 +18,7 @@ from ._problem import Attended, Operands, Problem
 
 
 class HeadCotangents(NamedTuple):
-    """Those of one head, but of the bias, which heads share."""
+    """The cotangents of one head, without that of the bias, which heads share."""
 
     query: Float[Array, "T H"]  # With scale.
     key_t: Float[Array, "H S"]
@@ -170,10 +170,7 @@ class Heads:
         o, n = self._operands, self.problem.num_heads
         tau = None if o.tau is None else o.tau[head // n, head % n]
         if o.row_marginal is None or o.col_marginal is None:  # Both or none.
-            segments = o.segments
-            if segments is not None:
-                segments = Segments(*(x[head // n] for x in segments))
-            uniform = _problem.uniform_marginals(rows, cols, self.dtype, segments)
+            uniform = _problem.uniform_marginals(rows, cols, self.dtype)
             return Marginals(*uniform, tau)
         a, b = (x[head // n, head % n] for x in (o.row_marginal, o.col_marginal))
         return Marginals(a, b, tau)

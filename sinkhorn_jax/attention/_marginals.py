@@ -1,5 +1,6 @@
 """The marginals of attention, from what the caller gave."""
 
+import functools
 from typing import Final
 
 import jax
@@ -27,20 +28,33 @@ NAMES: Final = Names("query_marginal", "key_marginal")
 def with_marginals(
     problem: Problem, operands: Operands, given: GivenMarginals
 ) -> Operands:
-    """The operands with both marginals, uniform where not given, 0 for padding."""
-    if not problem.has_marginals:
+    """The operands with both marginals, uniform where not given, 0 for padding.
+
+    Without given marginals and segments they have none: those of each head are uniform.
+    """
+    if not problem.has_marginals and operands.segments is None:
         return operands
     a, b = _marginals(problem, given)
     rtol = totals_rtol(given.query, given.key)
     with jax.ensure_compile_time_eval():
         _check_known(problem, operands, given, rtol)
-    operands = operands._replace(row_marginal=a, col_marginal=b)
-    rows, cols = valid_by_head(problem, operands)
-    if operands.segments is not None:
-        a, b = _complete_by_segment(a, b, rows, cols, operands.segments)
-    a, b = complete(a, b, rows, cols, accum_dtype(problem.dtype))
-    check_traced(NAMES, a, b, operands.tau, rtol)
+    a, b = _completed(problem, operands._replace(row_marginal=a, col_marginal=b))
+    if problem.has_marginals:
+        check_traced(NAMES, a, b, operands.tau, rtol)
     return operands._replace(row_marginal=a, col_marginal=b)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _completed(problem, operands):
+    """Both marginals (B, N, T) and (B, N, S), from those that were given."""
+    a, b, segments = operands.row_marginal, operands.col_marginal, operands.segments
+    uniform = None
+    if segments is not None:
+        segments = segments.of_heads(problem.num_heads)
+        both = segments.reversed, segments
+        uniform = tuple(functools.partial(uniform_by_segment, each) for each in both)
+    rows, cols = valid_by_head(problem, operands)
+    return complete(a, b, rows, cols, accum_dtype(problem.dtype), uniform)
 
 
 def _marginals(problem, given):
@@ -49,19 +63,6 @@ def _marginals(problem, given):
     a = floating_marginal(NAMES.rows, given.query, (*heads, problem.t))
     b = floating_marginal(NAMES.cols, given.key, (*heads, problem.s))
     return tuple(x if x is None else x.astype(dtype) for x in (a, b))
-
-
-def _complete_by_segment(a, b, rows, cols, segments):
-    """Both marginals, uniform in each segment where not given."""
-    a, b = (x if x is None else jnp.where(y, x, 0) for x, y in ((a, rows), (b, cols)))
-    segments = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (*rows.shape[:2], x.shape[-1])), segments
-    )
-    if a is None and b is not None:
-        a = uniform_by_segment(rows, b, segments.reversed)
-    if b is None and a is not None:
-        b = uniform_by_segment(cols, a, segments)
-    return a, b
 
 
 def _check_known(problem, operands, given, rtol):
@@ -92,9 +93,7 @@ def _check_known(problem, operands, given, rtol):
         check_totals(NAMES, a, b, tau, rtol, "")
         return
     tau = None if tau is None else jnp.broadcast_to(tau[..., None], b.shape)
-    query, key = (
-        jnp.repeat(x[:, None], problem.num_heads, axis=1) for x in operands.segments
-    )
+    query, key = operands.segments.of_heads(problem.num_heads)
     totals = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
     totals = (jnp.where(cols, x, 0)[..., None] for x in totals)
     check_totals(NAMES, *totals, tau, rtol, "Each segment has totals of its own.")

@@ -40,6 +40,11 @@ class Segments(NamedTuple):
         """With queries and keys exchanged."""
         return Segments(self.key, self.query)
 
+    def of_heads(self, num_heads: int) -> "Segments":
+        """The segments (B, N, T) and (B, N, S) of each head."""
+        shape = lambda x: (x.shape[0], num_heads, x.shape[1])
+        return Segments(*(jnp.broadcast_to(x[:, None], shape(x)) for x in self))
+
 
 def check_window(window: Any, t: Any, s: Any) -> Window | None:
     """The window, None if it excludes nothing.
@@ -148,7 +153,7 @@ def rows_with_a_key(
 
 
 def _count(window, segments, cols, t):
-    """How many of the keys `cols` each of `t` queries may attend to."""
+    """The number of the keys `cols` that each of `t` queries may attend to, [t]."""
     s, position = cols.shape[0], jnp.arange(t, dtype=jnp.int32)
     if segments is None:
         first, last = position - window.left, position + window.right + 1
@@ -167,7 +172,7 @@ def _count(window, segments, cols, t):
 
 
 def _range_of(in_order, ids):
-    """Where each of the ids begins and ends in a sorted array."""
+    """The first place of each id in a sorted array, and the place after its last."""
     # `jnp.searchsorted` takes no symbolic size.
     start, end = jnp.zeros_like(ids), jnp.full_like(ids, in_order.shape[0])
     return tuple(_lower_bound(in_order, start, end, bound) for bound in (ids, ids + 1))
@@ -208,7 +213,7 @@ def totals_by_segment(
 
 
 def uniform_by_segment(
-    valid: Bool[Array, "*B S"], other: Float[Array, "*B T"], segments: Segments
+    segments: Segments, valid: Bool[Array, "*B S"], other: Float[Array, "*B T"]
 ) -> Float[Array, "*B S"]:
     """The marginal of keys that is uniform in each segment, with the queries' total."""
     total = totals_by_segment(other, segments.query, segments.key)

@@ -11,7 +11,7 @@ from .._core.marginals import has_mass
 from .._core.options import Options
 from .._core.precision import accum_dtype
 from .._runtime.shard_map import varying_like
-from ._pattern import Segments, Window, may_attend, rows_with_a_key, uniform_by_segment
+from ._pattern import Segments, Window, may_attend, rows_with_a_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Dropout(NamedTuple):
 
 
 class GivenMarginals(NamedTuple):
-    """What the caller says about the sums of the plan."""
+    """The sums of the plan, as far as the caller gave them."""
 
     query: Array | None = None
     key: Array | None = None
@@ -80,7 +80,8 @@ class Operands(NamedTuple):
     key_valid: Bool[Array, "B S"] | None = None
     dropout_rng: Array | None = None
     scale: Float[Array, ""] | None = None  # A scale that is no Python number.
-    row_marginal: Float[Array, "B N T"] | None = None  # 0 for padding; both or none.
+    # 0 for padding; both or none. With segments always, since these share no total.
+    row_marginal: Float[Array, "B N T"] | None = None
     col_marginal: Float[Array, "B N S"] | None = None
     tau: Float[Array, "B N"] | None = None
     segments: Segments | None = None
@@ -183,9 +184,7 @@ def _valid_in_pattern(problem, operands, rows, cols):
     heads = jnp.broadcast_shapes(rows.shape, cols.shape)[:2]
     if segments is not None:
         heads = problem.batch, heads[1]
-        segments = jax.tree.map(
-            lambda x: jnp.broadcast_to(x[:, None], (*heads, x.shape[-1])), segments
-        )
+        segments = segments.of_heads(heads[1])
     rows = jnp.broadcast_to(rows[..., 0], (*heads, problem.t))
     cols = jnp.broadcast_to(cols[..., 0, :], (*heads, problem.s))
     window, seen = problem.window, None if segments is None else segments.reversed
@@ -245,18 +244,9 @@ def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
 
 
 def uniform_marginals(
-    rows: Bool[Array, "*heads T"],
-    cols: Bool[Array, "*heads S"],
-    dtype: jnp.dtype,
-    segments: Segments | None = None,
+    rows: Bool[Array, "*heads T"], cols: Bool[Array, "*heads S"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "*heads T"], Float[Array, "*heads S"]]:
-    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns.
-
-    With segments, which have the axes of the heads, these are of the same segment.
-    """
-    if segments is not None:
-        a = rows.astype(dtype)
-        return a, uniform_by_segment(cols, a, segments)
+    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns."""
     num_rows, num_cols = rows.sum(axis=-1), cols.sum(axis=-1)
     col_marginal = num_rows.astype(dtype) / jnp.maximum(num_cols, 1).astype(dtype)
     return rows.astype(dtype), jnp.where(cols, col_marginal[..., None], 0)

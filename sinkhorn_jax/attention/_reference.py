@@ -27,12 +27,7 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     if a is None or c is None:  # Both or none.
         allowed = logits != -jnp.inf
         rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
-        segments = operands.segments
-        if segments is not None:
-            segments = jax.tree.map(
-                lambda x: jnp.broadcast_to(x[:, None], (b, n, x.shape[1])), segments
-            )
-        a, c = _problem.uniform_marginals(rows, cols, dtype, segments)
+        a, c = _problem.uniform_marginals(rows, cols, dtype)
     flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
     matrices = Matrices(logits, a, c, operands.tau)
     matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), matrices)

@@ -170,6 +170,22 @@ def test_sown_plan_is_what_multiplies_the_values(framework):
 
 
 @frameworks
+def test_the_sown_plan_is_that_of_each_segment(framework):
+    # A last row step would hide a share of the columns that is not the segment's.
+    layer, x = framework(num_iters=NUM_ITERS, finish="columns"), tokens()
+    ids = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [2, 1, 2, 1, 1, 0]])
+    keys = jnp.array([[1, 2, 2, 2, 2], [1, 1, 1, 0, 0], [2, 2, 1, 1, 1]])
+    segments = {"query_segment_ids": ids, "key_segment_ids": keys}
+    y = tokens(1, S)
+    plan = layer.sown(x, y, sow_weights=True, **segments)["attention_weights"]
+    kernel = lambda name: layer.parameters[name]["kernel"]
+    value = jnp.einsum("btd,dnh->bnth", y, kernel("value"))
+    attended = jnp.einsum("bnts,bnsh->btnh", plan, value)
+    expected = jnp.einsum("btnh,nhd->btd", attended, kernel("out"))
+    chex.assert_trees_all_close(layer(x, y, **segments), expected, atol=1e-5)
+
+
+@frameworks
 def test_nothing_is_sown_unasked(framework):
     assert framework(num_iters=NUM_ITERS).sown(tokens()) == {}
 
