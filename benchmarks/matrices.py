@@ -122,7 +122,7 @@ def measure(config: Config, size: int, mode: Mode) -> list[dict[str, Any]]:
         calls, config.repeats, config.budget_s, REFERENCE, check
     )
     problem = Problem(
-        batch=config.num_matrices,
+        batch=(config.num_matrices,),
         t=size,
         s=size,
         dtype=logits.dtype,

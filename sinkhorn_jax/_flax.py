@@ -26,6 +26,7 @@ from .attention._api import (
     prepare,
     without_padding,
 )
+from .attention._marginals import complete_marginals
 from .attention._pattern import check_window
 from .attention._problem import Dropout, GivenMarginals, GivenPattern
 from .attention._reference import explicit_logits
@@ -182,6 +183,7 @@ class PlanOptions:
         )
         out, error = attend(problem, operands, self.implementation)
         if sow_plan is not None:
+            operands = complete_marginals(problem, operands)
             operands, _ = without_padding(problem, operands)
             plan = self._plan(explicit_logits(problem, operands), operands)
             sow_plan(plan.reshape(*batch, *plan.shape[1:]))

@@ -16,9 +16,12 @@ from .._core.options import Finish, Options
 from .._core.precision import accum_dtype
 from .._runtime.arguments import as_array
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
-from ._marginals import to_unit_marginals, with_marginals
+from .._runtime.partition import by_typed_part
+from ._marginals import complete_marginals, to_unit_marginals, with_given_marginals
 from ._pattern import check_segments, check_window
 from ._problem import (
+    AXES,
+    RESULT_AXES,
     Attended,
     Dropout,
     GivenMarginals,
@@ -26,11 +29,14 @@ from ._problem import (
     Operands,
     Problem,
     Valid,
+    head_ids,
+    part_of,
     valid_rows_and_cols,
     zero_padding,
 )
 from ._validate import (
     CAUSAL,
+    WHY_WHOLE,
     broadcastable,
     check_arrays,
     check_dropout,
@@ -309,13 +315,18 @@ def attend(
         out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
         error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
         return out, error if problem.return_marginal_error else None
-    operands, valid = without_padding(problem, operands)
-    operands, unit = to_unit_marginals(operands)
-    with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
-        out, error = chosen.attend(problem, operands)
-    if unit is not None:
-        out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
-    return out if valid is None else jnp.where(valid.rows, out, 0), error
+
+    def of_part(operands):
+        part = part_of(problem, operands)
+        operands, valid = without_padding(part, complete_marginals(part, operands))
+        operands, unit = to_unit_marginals(operands)
+        with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
+            out, error = chosen.attend(part, operands)
+        if unit is not None:
+            out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
+        return out if valid is None else jnp.where(valid.rows, out, 0), error
+
+    return by_typed_part(of_part, (AXES,), RESULT_AXES, operands, why_whole=WHY_WHOLE)
 
 
 def without_padding(
@@ -396,5 +407,6 @@ def prepare(
         dynamic,
         tau=tau,
         segments=check_segments(pattern.query_ids, pattern.key_ids, batch, t, s),
+        head_ids=head_ids(problem, query) if dropout_rate > 0 else None,
     )
-    return problem, with_marginals(problem, operands, marginals)
+    return problem, with_given_marginals(problem, operands, marginals)

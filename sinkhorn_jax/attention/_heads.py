@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from .._core.marginals import Marginals
 from .._core.precision import accum_dtype, dot
 from .._core.solve import to_unit
+from .._runtime.partition import by_part
 from .._runtime.scheduling import map_and_add, map_matrices, matrices_in_flight
 from . import _problem
 from ._pattern import Segments, may_attend
@@ -26,44 +27,59 @@ class HeadCotangents(NamedTuple):
     marginals: tuple[Array | None, ...]  # Of those that are operands.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+class Passes(NamedTuple):
+    """How an implementation computes one head, forward and backward."""
+
+    # A function of `Heads` and a head's index that returns ((output [T, D], marginal
+    # error or None), history).
+    forward: Callable[..., Any]
+    # A function of `Heads`, a head's index, its history, its queries with scale [H, T],
+    # the cotangents of its output [D, T] and of its last row potential [T], and the
+    # number by which these two were divided. It returns (`HeadCotangents`, that of the
+    # bias or None), multiplied by that number.
+    backward: Callable[..., Any]
+    in_flight: int | None = None  # Heads at the same time; None suits the device.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend_by_head(
-    problem: Problem,
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    in_flight: int | None,
-    operands: Operands,
+    problem: Problem, passes: Callable[[Problem], Passes], operands: Operands
 ) -> Attended:
-    """Output and, on request, marginal error, from two functions of one head.
+    """Output and, on request, marginal error, from functions of one head.
 
     Args:
         problem: The call.
-        forward: A function of `Heads` and a head's index that returns ((output [T, D],
-            marginal error or None), history).
-        backward: A function of `Heads`, a head's index, its history, its queries with
-            scale [H, T], the cotangents of its output [D, T] and of its last row
-            potential [T], and the number by which these two were divided. It returns
-            (`HeadCotangents`, that of the bias or None), multiplied by that number.
-        in_flight: Heads that are computed at the same time; None suits the device.
+        passes: The functions for a problem, which is the call or a device's part of it.
         operands: The arrays of the call.
     """
-    return _attend_fwd(problem, forward, backward, in_flight, operands)[0]
+    return _attend_fwd(problem, passes, operands)[0]
 
 
-def _attend_fwd(problem, forward, backward, in_flight, operands):
-    del backward
-    heads = Heads(problem, operands, in_flight)
-    (out, error), history = heads.attend(functools.partial(forward, heads))
+def _attend_fwd(problem, passes, operands):
+    def of_part(operands):
+        part = _problem.part_of(problem, operands)
+        forward, _, in_flight = passes(part)
+        heads = Heads(part, operands, in_flight)
+        attended, history = heads.attend(functools.partial(forward, heads))
+        return attended, heads.join_batch(history)
+
+    results = _problem.RESULT_AXES, "bn"
+    attended, history = by_part(of_part, (_problem.AXES,), results, operands)
+    out, error = attended
     return (out.astype(problem.dtype), error), (operands, out, history)
 
 
-def _attend_bwd(problem, forward, backward, in_flight, residuals, cotangents):
-    del forward
-    operands, out, history = residuals
+def _attend_bwd(problem, passes, residuals, cotangents):
+    def of_part(operands, out, history, dout):
+        part = _problem.part_of(problem, operands)
+        _, backward, in_flight = passes(part)
+        heads = Heads(part, operands, in_flight)
+        head = functools.partial(backward, heads)
+        return heads.cotangents(head, heads.split_batch(history), out, dout)
+
     dout, _ = cotangents  # The marginal error is not differentiated.
-    heads = Heads(problem, operands, in_flight)
-    head = functools.partial(backward, heads)
-    return (heads.cotangents(head, history, out, dout),)
+    names = _problem.AXES, "b.n.", "bn", "b.n."
+    return (by_part(of_part, names, _problem.AXES, *residuals, dout),)
 
 
 attend_by_head.defvjp(_attend_fwd, _attend_bwd)
@@ -185,10 +201,10 @@ class Heads:
 
     def keep(self, head, rows=None) -> Float[Array, "I S"] | None:
         """Dropout factors of the plan, or of these rows of it; None without dropout."""
-        rng = self._operands.dropout_rng
-        if rng is None:
+        rng, ids = self._operands.dropout_rng, self._operands.head_ids
+        if rng is None or ids is None:  # Both or none.
             return None
-        return _problem.dropout_keep(self.problem, rng, head, rows)
+        return _problem.dropout_keep(self.problem, rng, ids.ravel()[head], rows)
 
     @property
     def bias_shape(self) -> tuple[int, ...] | None:
@@ -202,6 +218,15 @@ class Heads:
             return None
         axes = tuple(i for i in (0, 1) if self.bias_shape[i] == 1)
         return dlogits.sum(axis=axes, keepdims=True)
+
+    def join_batch(self, x: Any) -> Any:
+        """Arrays of all heads, (B N, ...), with the axes of batch and heads apart."""
+        sizes = self.problem.batch, self.problem.num_heads
+        return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), x)
+
+    def split_batch(self, x: Any) -> Any:
+        """The inverse of `join_batch`."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
 
     def attend(self, head: Callable[..., Any]) -> tuple[Attended, Any]:
         """The results and the histories of all heads, from a function of the index."""

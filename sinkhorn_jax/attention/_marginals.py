@@ -18,29 +18,38 @@ from .._core.marginals import (
     totals_rtol,
 )
 from .._core.precision import accum_dtype
-from .._runtime.arguments import are_known
+from .._runtime.arguments import are_known, has_traced_checks
 from ._pattern import totals_by_segment, uniform_by_segment
 from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
 NAMES: Final = Names("query_marginal", "key_marginal")
 
 
-def with_marginals(
+def with_given_marginals(
     problem: Problem, operands: Operands, given: GivenMarginals
 ) -> Operands:
+    """The operands with the marginals that were given, checked."""
+    if not problem.has_marginals:
+        return operands
+    a, b = _marginals(problem, given)
+    rtol = totals_rtol(given.query, given.key)
+    with jax.ensure_compile_time_eval():
+        _check_known(problem, operands, given, rtol)
+    operands = operands._replace(row_marginal=a, col_marginal=b)
+    if has_traced_checks():
+        both = _completed(problem, operands)
+        check_traced(NAMES, *both, operands.tau, rtol)
+    return operands
+
+
+def complete_marginals(problem: Problem, operands: Operands) -> Operands:
     """The operands with both marginals, uniform where not given, 0 for padding.
 
     Without given marginals and segments they have none: those of each head are uniform.
     """
     if not problem.has_marginals and operands.segments is None:
         return operands
-    a, b = _marginals(problem, given)
-    rtol = totals_rtol(given.query, given.key)
-    with jax.ensure_compile_time_eval():
-        _check_known(problem, operands, given, rtol)
-    a, b = _completed(problem, operands._replace(row_marginal=a, col_marginal=b))
-    if problem.has_marginals:
-        check_traced(NAMES, a, b, operands.tau, rtol)
+    a, b = _completed(problem, operands)
     return operands._replace(row_marginal=a, col_marginal=b)
 
 

@@ -1,7 +1,8 @@
 """The arguments of an attention implementation, and functions of them for each head."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,8 @@ class Operands(NamedTuple):
     col_marginal: Float[Array, "B N S"] | None = None
     tau: Float[Array, "B N"] | None = None
     segments: Segments | None = None
+    # Which dropout mask a head has: b * N + n, also where a device has a part of them.
+    head_ids: Int[Array, "B N"] | None = None
 
     def masks(self) -> list[Bool[Array, "#B #N #T #S"]]:
         """The masks that are not None, with valid queries and keys as masks too."""
@@ -101,6 +104,35 @@ class Operands(NamedTuple):
             masks.append((self.segments.query > 0)[:, None, :, None])
             masks.append((self.segments.key > 0)[:, None, None, :])
         return [x for x in masks if x is not None]
+
+
+_AXES: Final[Mapping[str, Any]] = {
+    "query": "b.n.",
+    "key": "b.k.",
+    "value": "b.k.",
+    "bias": "bn",
+    "mask": "bn",
+    "query_valid": "b",
+    "key_valid": "b",
+    "dropout_rng": "",
+    "scale": "",
+    "row_marginal": "bn",
+    "col_marginal": "bn",
+    "tau": "bn",
+    "segments": "b",
+    "head_ids": "bn",
+}
+# The axes that can be divided over devices, as `_runtime.partition` names them.
+AXES: Final = Operands(**_AXES)
+RESULT_AXES: Final = ("b.n.", "bn")
+
+
+def part_of(problem: Problem, operands: Operands) -> Problem:
+    """The problem of the batch elements and heads that the operands have."""
+    batch, _, num_heads, _ = operands.query.shape
+    num_key_heads = operands.key.shape[2]
+    sizes = {"num_heads": num_heads, "num_key_heads": num_key_heads}
+    return dataclasses.replace(problem, batch=batch, **sizes)
 
 
 # What an implementation returns: the output and, on request, the marginal error.
@@ -250,6 +282,21 @@ def uniform_marginals(
     num_rows, num_cols = rows.sum(axis=-1), cols.sum(axis=-1)
     col_marginal = num_rows.astype(dtype) / jnp.maximum(num_cols, 1).astype(dtype)
     return rows.astype(dtype), jnp.where(cols, col_marginal[..., None], 0)
+
+
+def head_ids(problem: Problem, query: Array) -> Int[Array, "B N"]:
+    """B * N + n for each head, counted over all parts of a `jax.shard_map`.
+
+    The parts are taken for those of the batch. Were they parts of the heads, their
+    numbers would still differ.
+    """
+    num = problem.batch * problem.num_heads
+    ids = jnp.arange(num, dtype=jnp.int32)
+    mesh, varying = jax.sharding.get_abstract_mesh(), jax.typeof(query).vma
+    axes = tuple(axis for axis in mesh.axis_names if axis in varying)
+    if axes:
+        ids = ids + num * jax.lax.axis_index(axes)
+    return ids.reshape(problem.batch, problem.num_heads)
 
 
 def dropout_keep(

@@ -28,18 +28,16 @@ def attend(problem: Problem, operands: Operands) -> Attended:
         allowed = logits != -jnp.inf
         rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
         a, c = _problem.uniform_marginals(rows, cols, dtype)
-    flat = MatrixProblem(batch=b * n, t=t, s=s, dtype=dtype, options=problem.options)
-    matrices = Matrices(logits, a, c, operands.tau)
-    matrices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), matrices)
-    plan, potentials = matrix.solve(flat, matrices)
-    plan = plan.reshape(b, n, t, s)
+    all_heads = MatrixProblem(
+        batch=(b, n), t=t, s=s, dtype=dtype, options=problem.options
+    )
+    plan, potentials = matrix.solve(all_heads, Matrices(logits, a, c, operands.tau))
     if operands.dropout_rng is not None:
         keep = functools.partial(_problem.dropout_keep, problem, operands.dropout_rng)
-        plan = plan * jnp.reshape(jax.vmap(keep)(jnp.arange(b * n)), plan.shape)
+        plan = plan * jax.vmap(jax.vmap(keep))(operands.head_ids)
     value = jnp.repeat(operands.value.astype(dtype), problem.groups, axis=2)
     out = jnp.einsum("bnts,bsnd->btnd", plan, value, precision=PRECISION)
-    error = potentials.marginal_error.reshape(b, n)
-    error = error if problem.return_marginal_error else None
+    error = potentials.marginal_error if problem.return_marginal_error else None
     return out.astype(problem.dtype), error
 
 

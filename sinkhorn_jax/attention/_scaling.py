@@ -14,14 +14,14 @@ from .._core.domain import Product
 from .._core.iteration import marginal_error
 from .._core.precision import dot
 from .._core.solve import solve, solve_backward
-from ._heads import HeadCotangents, attend_by_head
+from ._heads import HeadCotangents, Passes, attend_by_head
 from ._problem import Attended, Operands, Problem, vary_alike
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: Operands) -> Attended:
     """Output and, on request, marginal error."""
-    return attend_by_head(problem, _forward, _backward, None, vary_alike(operands))
+    return attend_by_head(problem, _passes, vary_alike(operands))
 
 
 def why_not(_: Problem) -> None:
@@ -31,6 +31,10 @@ def why_not(_: Problem) -> None:
 def prefer(_: Problem) -> bool:
     """True: in the committed rows, all on CPUs, it is fastest for num_iters >= 1."""
     return True
+
+
+def _passes(_: Problem) -> Passes:
+    return Passes(_forward, _backward)
 
 
 def _forward(heads, index):

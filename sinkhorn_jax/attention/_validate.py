@@ -25,6 +25,11 @@ CAUSAL: Final = (
     "token would attend to itself alone. For causal attention use "
     "jax.nn.dot_product_attention."
 )
+WHY_WHOLE: Final = (
+    "The tokens or the features of an operand are divided over mesh axis {!r}, and "
+    "every entry of a plan depends on all of them. Divide the batch or the heads "
+    "instead, or reshard first: jax.sharding.reshard(x, jax.P())."
+)
 # How a warning about a mask or a bias of the keys alone goes on.
 PADDED_QUERIES: Final = (
     "leaves padded queries in the plan, and they pour mass into the columns. If "

@@ -1,19 +1,19 @@
 """The matrix functions: signatures, and the table of implementations."""
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.gradient import Exact, Gradient
 from .._core.options import Finish, Options
 from .._runtime.arguments import as_array, refuse_no_number
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
+from .._runtime.partition import by_typed_part
 from ._problem import Potentials
-from ._validate import validated
+from ._validate import WHOLE, validated
 
 MatrixImplementation = Literal["mosaic_gpu", "mosaic_tpu", "scaling", "reference"]
 
@@ -132,9 +132,9 @@ def sinkhorn(
         logits, row_marginal, col_marginal, where, column_tau, options
     )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
-        plan = chosen.plan(problem, matrices)
-    return plan.reshape(jnp.shape(logits)).astype(problem.dtype)
+    solve = functools.partial(_solve, chosen.plan, problem, implementation)
+    plan = by_typed_part(solve, problem.axes, problem.axes, matrices, why_whole=WHOLE)
+    return plan.astype(problem.dtype)
 
 
 def sinkhorn_potentials(
@@ -189,10 +189,13 @@ def sinkhorn_potentials(
         logits, row_marginal, col_marginal, where, column_tau, options
     )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
+    solve = functools.partial(_solve, chosen.potentials, problem, implementation)
+    return by_typed_part(solve, problem.axes, problem.axes, matrices, why_whole=WHOLE)
+
+
+def _solve(solve, problem, implementation, matrices):
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
-        potentials = chosen.potentials(problem, matrices)
-    batch = jnp.shape(logits)[:-2]
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), potentials)
+        return solve(problem.part_of(matrices), matrices)
 
 
 def _check_arrays(logits, row_marginal, col_marginal, where):

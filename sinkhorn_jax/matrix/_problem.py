@@ -1,8 +1,10 @@
 """The input and the result of the implementations of the matrix functions."""
 
 import dataclasses
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,21 +15,41 @@ from .._core.options import Options
 class Problem:
     """Everything static about a call: shapes, dtype and options."""
 
-    batch: int  # The number of matrices: the leading axes, flattened.
+    batch: tuple[int, ...]  # The leading axes.
     t: int
     s: int
     dtype: jnp.dtype  # Of the result; computation is in float32 at least.
     options: Options
     has_tau: bool = False
 
+    @property
+    def axes(self) -> str:
+        """Names of the leading axes, for `_runtime.partition`."""
+        return "abcdefh"[: len(self.batch)]
+
+    def part_of(self, matrices: "Matrices") -> "Problem":
+        """The problem of those matrices."""
+        return dataclasses.replace(self, batch=matrices.logits.shape[:-2])
+
+    def flatten(self, x: Any) -> Any:
+        """Arrays with one leading axis M in place of those of the batch."""
+        num, num_axes = math.prod(self.batch), len(self.batch)
+        return jax.tree.map(lambda x: x.reshape(num, *x.shape[num_axes:]), x)
+
+    def unflatten(self, x: Any) -> Any:
+        """The inverse of `flatten`."""
+        return jax.tree.map(lambda x: x.reshape(*self.batch, *x.shape[1:]), x)
+
 
 class Matrices(NamedTuple):
-    """The operands: a batch of M matrices of logits with their marginals."""
+    """The operands: matrices of logits with their marginals."""
 
-    logits: Float[Array, "M T S"]  # In the dtype of computation; -inf where excluded.
-    a: Float[Array, "M T"]  # Row marginals, 0 for padding.
-    b: Float[Array, "M S"]  # Column marginals, likewise.
-    tau: Float[Array, " M"] | None = None  # Part of each column step; None for all.
+    logits: Float[
+        Array, "*batch T S"
+    ]  # In the dtype of computation; -inf where excluded.
+    a: Float[Array, "*batch T"]  # Row marginals, 0 for padding.
+    b: Float[Array, "*batch S"]  # Column marginals, likewise.
+    tau: Float[Array, "*batch"] | None = None  # Part of each column step; None for all.
 
 
 class Potentials(NamedTuple):

@@ -21,18 +21,21 @@ from ._problem import Matrices, Potentials, Problem
 class Solution(NamedTuple):
     """The plans and the potentials of a batch."""
 
-    plan: Float[Array, "*M T S"]
+    plan: Float[Array, "*batch T S"]
     potentials: Potentials
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def solve(problem: Problem, matrices: Matrices) -> Solution:
     """The plan and the potentials of every matrix of a batch."""
-    return jax.vmap(functools.partial(_solve, problem.options))(*matrices)
+    solve_all = functools.partial(_solve, problem.options)
+    for _ in problem.batch:
+        solve_all = jax.vmap(solve_all)
+    return solve_all(*matrices)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
+def plan(problem: Problem, matrices: Matrices) -> Float[Array, "*batch T S"]:
     """The plan of every matrix of a batch."""
     return solve(problem, matrices).plan
 

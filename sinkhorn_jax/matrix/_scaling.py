@@ -6,6 +6,7 @@ computed in log space, forward and backward.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from .._core.adjoint import adjoint
 from .._core.iteration import marginal_error
 from .._core.marginals import Marginals
 from .._core.solve import solve, solve_backward, to_unit
+from .._runtime.partition import by_part
 from .._runtime.scheduling import map_matrices, matrices_in_flight
 from ._problem import Matrices, Potentials, Problem
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
+def plan(problem: Problem, matrices: Matrices) -> Float[Array, "*batch T S"]:
     """The plan of every matrix of a batch."""
     return _solve(problem, True, matrices)
 
@@ -69,7 +71,12 @@ def _solve_fwd(problem, has_plan, matrices):
         in_any_domain = lambda _: Marginals(*marginals)
         return solve(lambda: logits, in_any_domain, output, problem.options)
 
-    out, solution = map_matrices(one, matrices, _in_flight(problem, matrices))
+    def of_part(matrices):
+        part = problem.part_of(matrices)
+        flat = part.flatten(matrices)
+        return part.unflatten(map_matrices(one, flat, _in_flight(part, matrices)))
+
+    out, solution = by_part(of_part, problem.axes, problem.axes, matrices)
     return out, (matrices, solution)
 
 
@@ -103,8 +110,13 @@ def _solve_bwd(problem, has_plan, residuals, cotangent):
 
         return solve_backward(lambda: logits, solution, in_domain)
 
-    in_flight = _in_flight(problem, residuals[0])
-    return (map_matrices(one, (residuals, cotangent), in_flight),)
+    def of_part(*arrays):
+        (matrices, _), _ = arrays
+        part = problem.part_of(matrices)
+        flat = part.flatten(arrays)
+        return part.unflatten(map_matrices(one, flat, _in_flight(part, matrices)))
+
+    return (by_part(of_part, problem.axes, problem.axes, residuals, cotangent),)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
@@ -112,4 +124,5 @@ _solve.defvjp(_solve_fwd, _solve_bwd)
 
 def _in_flight(problem, matrices):
     itemsize = matrices.logits.dtype.itemsize
-    return matrices_in_flight(problem.batch, problem.t, problem.s, itemsize)
+    num = math.prod(problem.batch)
+    return matrices_in_flight(num, problem.t, problem.s, itemsize)

@@ -1,6 +1,5 @@
 """Checks of the arguments of the matrix functions, and what they become."""
 
-import math
 from typing import Any, Final
 
 import jax
@@ -24,6 +23,11 @@ from .._core.precision import accum_dtype
 from ._problem import Matrices, Problem
 
 NAMES: Final = Names("row_marginal", "col_marginal")
+WHOLE: Final = (
+    "The rows or columns of the logits or marginals are divided over mesh axis {!r}, "
+    "and every entry of a plan depends on all of them. Divide leading axes instead, or "
+    "reshard first: jax.sharding.reshard(x, jax.P())."
+)
 EXCLUDED: Final = (
     "A row or column that traced logits exclude needs a marginal of 0, or False in "
     "`where`."
@@ -48,9 +52,8 @@ def validated(
     a = floating_marginal(NAMES.rows, row_marginal, (*batch, t))
     b = floating_marginal(NAMES.cols, col_marginal, (*batch, s))
     tau = checked_tau(tau, tuple(batch), dtype)
-    num = math.prod(batch)
     problem = Problem(
-        batch=num,
+        batch=tuple(batch),
         t=t,
         s=s,
         dtype=logits.dtype,
@@ -70,8 +73,7 @@ def validated(
     has_marginals = row_marginal is not None or col_marginal is not None
     if has_marginals and not all(x is None or is_known(x) for x in given):
         check_traced(NAMES, a, b, tau, totals_rtol(row_marginal, col_marginal))
-    flat = logits.reshape(num, t, s), a.reshape(num, t), b.reshape(num, s)
-    return problem, Matrices(*flat, None if tau is None else tau.reshape(num))
+    return problem, Matrices(logits, a, b, tau)
 
 
 def _shape(logits):

@@ -25,7 +25,7 @@ import jax
 from ..._core.gradient import Implicit
 from ..._core.precision import accum_dtype
 from ..._runtime.arguments import are_known
-from .._heads import attend_by_head
+from .._heads import Passes, attend_by_head
 from .._problem import Attended, Operands, Problem, vary_alike
 from .backward import backward
 from .forward import forward
@@ -39,19 +39,7 @@ SCALING_TS_ARRAYS: Final = 5  # Forward and backward, as `python -m benchmarks` 
 @functools.partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: Operands) -> Attended:
     """Output and, on request, marginal error."""
-    rows, in_flight = choose_layout(problem)
-
-    def head_forward(heads, index):
-        return forward(QueryBlocks(heads, index, rows), heads.value(index))
-
-    def head_backward(heads, index, history, query_t, do_t, df, size):
-        blocks, value_t = QueryBlocks(heads, index, rows), heads.value(index).T
-        cotangents = backward(blocks, query_t, value_t, do_t, df, history)
-        return jax.tree.map(lambda x: x * size, cotangents)
-
-    return attend_by_head(
-        problem, head_forward, head_backward, in_flight, vary_alike(operands)
-    )
+    return attend_by_head(problem, _passes, vary_alike(operands))
 
 
 def why_not(problem: Problem) -> str | None:
@@ -69,3 +57,17 @@ def prefer(problem: Problem) -> bool:
         return False
     itemsize = accum_dtype(problem.dtype).itemsize
     return SCALING_TS_ARRAYS * problem.t * problem.s * itemsize > MEMORY_BUDGET
+
+
+def _passes(problem: Problem) -> Passes:
+    rows, in_flight = choose_layout(problem)
+
+    def head_forward(heads, index):
+        return forward(QueryBlocks(heads, index, rows), heads.value(index))
+
+    def head_backward(heads, index, history, query_t, do_t, df, size):
+        blocks, value_t = QueryBlocks(heads, index, rows), heads.value(index).T
+        cotangents = backward(blocks, query_t, value_t, do_t, df, history)
+        return jax.tree.map(lambda x: x * size, cotangents)
+
+    return Passes(head_forward, head_backward, in_flight)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..._core.gradient import Exact
+from ..._runtime.partition import by_part
 from ..._runtime.shard_map import varying_like
 from ..._runtime.vmap import fold_vmap
 from .._problem import Matrices, Potentials, Problem
@@ -30,7 +31,7 @@ def solvers(kernels: Kernels) -> tuple[Callable[..., Array], Callable[..., Poten
     """The functions `plan` and `potentials` of an implementation."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def plan(problem: Problem, matrices: Matrices) -> Float[Array, "M T S"]:
+    def plan(problem: Problem, matrices: Matrices) -> Float[Array, "*batch T S"]:
         matrices = varying_like(matrices, matrices)
         out: Any = _solve(kernels, problem, True, *matrices[:3])
         return out[0]
@@ -71,14 +72,22 @@ def _solve(kernels, problem, has_plan, logits, a, b):
 
 def _solve_fwd(kernels, problem, has_plan, logits, a, b):
     forward = functools.partial(kernels.forward, problem, has_plan)
-    return fold_vmap(forward, logits, a, b), (logits, a, b)
+    return _by_part(problem, forward, logits, a, b), (logits, a, b)
 
 
 def _solve_bwd(kernels, problem, has_plan, residuals, cotangents):
     if not has_plan:
         cotangents = cotangents[:2]  # The marginal error is not differentiated.
     backward = functools.partial(kernels.backward, problem)
-    return fold_vmap(backward, *residuals, *cotangents)
+    return _by_part(problem, backward, *residuals, *cotangents)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd)
+
+
+def _by_part(problem, kernel, *arrays):
+    def of_part(logits, *arrays):
+        part = problem.part_of(Matrices(logits, *arrays[:2]))
+        return part.unflatten(fold_vmap(kernel, *part.flatten((logits, *arrays))))
+
+    return by_part(of_part, problem.axes, problem.axes, *arrays)

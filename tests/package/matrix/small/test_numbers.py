@@ -138,7 +138,7 @@ def test_bodies_are_exact_in_float64(module, length, finish):
     a, b = np.where(allowed.any(2), a, 0), np.where(allowed.any(1), b, 0)
     arrays = logits, a, b * (a.sum(1) / b.sum(1))[:, None]
     problem = Problem(
-        batch=M,
+        batch=(M,),
         t=T,
         s=S,
         dtype=jnp.dtype("float64"),
