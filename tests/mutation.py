@@ -43,13 +43,22 @@ _MATRIX: Final = "tests/package/matrix"
 _CHECKIFY: Final = "tests/package/test_checkify.py"
 _ATTENTION: Final = tuple(
     f"tests/package/attention/test_{name}.py"
-    for name in "values gradients padding rounding scale bad_input streaming".split()
+    for name in (
+        "values gradients padding rounding scale bad_input marginals patterns "
+        "column_tau streaming"
+    ).split()
 )
 PARTS: Final = {
     "core": Part(("_core",), (_MATRIX, *_ATTENTION)),
     "matrix": Part(tuple(f"matrix/{x}" for x in _SHARED), (_MATRIX, _CHECKIFY)),
     "attention": Part(
-        tuple(f"attention/{x}" for x in (*_SHARED, "_heads.py", "_streaming")),
+        tuple(
+            f"attention/{name}"
+            for name in (
+                *_SHARED,
+                *("_heads.py", "_marginals.py", "_pattern.py", "_streaming"),
+            )
+        ),
         (*_ATTENTION, _CHECKIFY, "tests/package/flax"),
     ),
     "collapse": Part(("collapse",), ("tests/package/collapse",)),
@@ -66,7 +75,7 @@ ONE_OF_EACH: Final = re.compile(
     r"|NumberReplacer|ZeroIterationForLoop)"
 )
 # A change that makes the tests hang is noticed.
-TIMEOUT_S: Final = 900
+TIMEOUT_S: Final = 3600
 
 
 def main():

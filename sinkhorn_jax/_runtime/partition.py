@@ -13,7 +13,7 @@ of consecutive heads "n". An array may have one in place of a size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,6 @@ class Division(NamedTuple):
     outputs: list[Axes]
     # In how many parts an axis can be divided: heads as their key heads are.
     sizes: dict[str, int]
-    groups: int  # Heads of each key head, where there are several of both.
 
     @classmethod
     def of(cls, inputs: list[Axes], outputs: list[Axes]) -> "Division":
@@ -153,15 +152,14 @@ class Division(NamedTuple):
             )
             return Axes(tuple(names), axes.shape)
 
-        groups = sizes["n"] // sizes["k"] if "k" in sizes else 1
         if "k" in sizes:
             sizes["n"] = sizes["k"]
-        return cls([*map(renamed, inputs)], [*map(renamed, outputs)], sizes, groups)
+        return cls([*map(renamed, inputs)], [*map(renamed, outputs)], sizes)
 
     def over(
         self,
         mesh: Mesh | AbstractMesh,
-        specs: Sequence[Sequence[Any]],
+        specs: Iterable[Iterable[Any]],
         *,
         evenly: bool = True,
     ) -> dict[str, tuple[str, ...]]:
@@ -185,22 +183,22 @@ class Division(NamedTuple):
                 divided[name] = axes
         return divided | {"k": divided.get("n", ())}
 
-    def rule(self) -> tuple[str, dict[str, Any]]:
-        """The rule for the partitioner, and its options."""
+    def rule(self) -> tuple[str, tuple[str, ...]]:
+        """The rule for the partitioner, and which of its factors stay whole.
+
+        It lets heads and key heads be divided differently, which `over` mends.
+        """
         whole = []
 
         def factor(name):
             if name is None:
                 whole.append(f"x{len(whole)}")
-                return whole[-1]
-            return "(k g)" if name == "n" and self.groups > 1 else name
+            return name or whole[-1]
 
         def text(arrays):
             return ", ".join(" ".join(map(factor, axes.names)) for axes in arrays)
 
-        rule = f"{text(self.inputs)} -> {text(self.outputs)}"
-        options: dict[str, Any] = {"need_replication_factors": tuple(whole)}
-        return rule, options | ({"g": self.groups} if self.groups > 1 else {})
+        return f"{text(self.inputs)} -> {text(self.outputs)}", tuple(whole)
 
 
 def _by_part(fn, division, leaves):
@@ -228,7 +226,7 @@ def _by_part(fn, division, leaves):
         outputs = [Axes((mapped, *x.names), (size, *x.shape)) for x in division.outputs]
         sizes = division.sizes | {mapped: size}
         out = _by_part(
-            jax.vmap(fn, in_axes, axis_size=size),
+            jax.vmap(fn, in_axes),
             division._replace(inputs=inputs, outputs=outputs, sizes=sizes),
             leaves,
         )
@@ -260,8 +258,8 @@ def _partitioned(fn, division):
         return mesh, of_parts, out, tuple(map(to_sharding, division.inputs))
 
     call = custom_partitioning(fn)
-    rule, options = division.rule()
-    call.def_partition(partition, sharding_rule=rule, **options)
+    rule, whole = division.rule()
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
     return call
 
 
@@ -291,7 +289,7 @@ def _spec(
     return PartitionSpec(*(divided.get(name or "") or None for name in names))
 
 
-def _padded(spec: Sequence[Any], ndim: int) -> tuple[Any, ...]:
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
     return (*spec, *[None] * (ndim - len(spec)))
 
 

@@ -23,6 +23,16 @@ def varying_like(xs: Any, others: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(flag, x, x), xs)
 
 
+def varying_axes(x: Array) -> tuple[str, ...]:
+    """The `jax.shard_map` axes that an array varies over, in the order of the mesh.
+
+    With `check_vma=False` JAX does not know them, and there are none.
+    """
+    varying = jax.typeof(x).manual_axis_type.varying
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(axis for axis in axes if axis in varying)
+
+
 def kernel_result(
     operand: Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:

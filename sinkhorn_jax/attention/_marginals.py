@@ -37,8 +37,8 @@ def with_given_marginals(
         _check_known(problem, operands, given, rtol)
     operands = operands._replace(row_marginal=a, col_marginal=b)
     if has_traced_checks():
-        both = _completed(problem, operands)
-        check_traced(NAMES, *both, operands.tau, rtol)
+        a, b = _completed(problem, operands)
+        check_traced(NAMES, a, b, operands.tau, rtol)
     return operands
 
 

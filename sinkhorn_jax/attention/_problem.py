@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .._core.marginals import has_mass
 from .._core.options import Options
 from .._core.precision import accum_dtype
-from .._runtime.shard_map import varying_like
+from .._runtime.shard_map import varying_axes, varying_like
 from ._pattern import Segments, Window, may_attend, rows_with_a_key
 
 
@@ -265,8 +265,12 @@ def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
     rows, cols = valid
     num_heads, num_key_heads = operands.query.shape[2], operands.key.shape[2]
     if cols.shape[2] != 1 and num_key_heads != num_heads:
-        groups = cols.reshape(*cols.shape[:2], num_key_heads, -1)
-        cols = groups.any(axis=3, keepdims=True)
+        # Not a reshape: of heads that are divided over more devices than there are key
+        # heads, it would make parts that no axis of the mesh has.
+        groups = num_heads // num_key_heads
+        key_head = jnp.arange(num_heads, dtype=jnp.int32) // groups
+        shares = key_head[:, None] == jnp.arange(num_key_heads, dtype=jnp.int32)[None]
+        cols = (cols & shares[None, None]).any(axis=2)[..., None]
     query, key, value = operands[:3]
     return operands._replace(
         query=jnp.where(rows, query, 0),
@@ -292,9 +296,7 @@ def head_ids(problem: Problem, query: Array) -> Int[Array, "B N"]:
     """
     num = problem.batch * problem.num_heads
     ids = jnp.arange(num, dtype=jnp.int32)
-    mesh, varying = jax.sharding.get_abstract_mesh(), jax.typeof(query).vma
-    axes = tuple(axis for axis in mesh.axis_names if axis in varying)
-    if axes:
+    if axes := varying_axes(query):
         ids = ids + num * jax.lax.axis_index(axes)
     return ids.reshape(problem.batch, problem.num_heads)
 

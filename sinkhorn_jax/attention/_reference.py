@@ -4,6 +4,7 @@ A `lax.scan` of log-space half steps and plain autodiff, so every transform work
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,14 @@ from ..matrix import _reference as matrix
 from ..matrix._problem import Matrices
 from ..matrix._problem import Problem as MatrixProblem
 from . import _problem
-from ._problem import Attended, Operands, Problem
+from ._problem import Attended, Operands, Problem, vary_alike
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: Operands) -> Attended:
     """Output and, on request, marginal error."""
     b, t, s, n = problem.batch, problem.t, problem.s, problem.num_heads
-    dtype = accum_dtype(problem.dtype)
+    dtype, operands = accum_dtype(problem.dtype), vary_alike(operands)
     logits = explicit_logits(problem, operands)
     a, c = operands.row_marginal, operands.col_marginal
     if a is None or c is None:  # Both or none.
@@ -34,7 +35,8 @@ def attend(problem: Problem, operands: Operands) -> Attended:
     plan, potentials = matrix.solve(all_heads, Matrices(logits, a, c, operands.tau))
     if operands.dropout_rng is not None:
         keep = functools.partial(_problem.dropout_keep, problem, operands.dropout_rng)
-        plan = plan * jax.vmap(jax.vmap(keep))(operands.head_ids)
+        ids: Any = operands.head_ids
+        plan = plan * jax.vmap(jax.vmap(keep))(ids)
     value = jnp.repeat(operands.value.astype(dtype), problem.groups, axis=2)
     out = jnp.einsum("bnts,bsnd->btnd", plan, value, precision=PRECISION)
     error = potentials.marginal_error if problem.return_marginal_error else None

@@ -19,7 +19,7 @@ from sinkhorn_jax.matrix._small import mosaic_tpu
 
 def problem(**changed):
     fields = {
-        "batch": 10,
+        "batch": (10,),
         "t": 4,
         "s": 16,
         "dtype": jnp.dtype("bfloat16"),
