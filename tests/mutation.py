@@ -44,8 +44,7 @@ _CHECKIFY: Final = "tests/package/test_checkify.py"
 _ATTENTION: Final = tuple(
     f"tests/package/attention/test_{name}.py"
     for name in (
-        "values gradients padding rounding scale bad_input marginals patterns "
-        "column_tau streaming"
+        "values gradients padding rounding scale bad_input marginals patterns streaming"
     ).split()
 )
 PARTS: Final = {

@@ -290,7 +290,8 @@ def _spec(
 
 
 def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
-    return (*spec, *[None] * (ndim - len(spec)))
+    """With None for the axes that it does not reach."""
+    return (*spec, *[None] * ndim)[:ndim]
 
 
 def _is_key(x: Array) -> bool:
