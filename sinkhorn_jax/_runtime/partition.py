@@ -12,6 +12,7 @@ the string does not reach. "k" are key heads, each of which belongs to the same 
 of consecutive heads "n". An array may have one in place of a size.
 """
 
+import concurrent.futures
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ def by_part(
     """`fn(*operands)`, computed by each device on its part where axes are Auto.
 
     A derivative of the result is right but not divided: the callers define their own,
-    so it would be the second one.
+    so it would be the second one. Within a context such as `jax.enable_x64` nothing is
+    divided.
 
     Args:
         fn: A function of trees of arrays, which reads sizes from their shapes.
@@ -42,7 +44,7 @@ def by_part(
         *operands: Trees of arrays.
     """
     leaves, tree = jax.tree.flatten(operands)
-    is_whole = jax.device_count() == 1 or _is_manual()
+    is_whole = jax.device_count() == 1 or _is_manual() or _has_other_settings()
     if is_whole or not all(are_known(*x.shape) for x in leaves):
         return fn(*operands)
     # The partitioner takes no typed keys.
@@ -79,7 +81,7 @@ def by_typed_part(
             place for the axis of the mesh.
 
     Raises:
-        ValueError: An axis without a name is divided.
+        ValueError: An axis without a name is divided, or one that `jax.vmap` maps over.
     """
     leaves, tree = jax.tree.flatten(operands)
     types = [jax.typeof(x) for x in leaves]
@@ -111,7 +113,16 @@ def by_typed_part(
         out_specs=jax.tree.map(lambda x: _spec(_parsed(x), divided), result_names),
         axis_names={axis for axis, kind in explicit if kind == AxisType.Explicit},
     )
-    out, out_tree = jax.tree.flatten(divide(*to_types(leaves, in_specs)))
+    try:
+        out, out_tree = jax.tree.flatten(divide(*to_types(leaves, in_specs)))
+    except ValueError as error:
+        if "axis_names" not in str(error):
+            raise
+        raise ValueError(
+            "jax.vmap maps over an axis that an Explicit mesh axis divides, which "
+            "jax.shard_map cannot do inside it. Give the call this axis as one of its "
+            "own leading axes, or reshard it first: jax.sharding.reshard(x, jax.P())."
+        ) from error
     specs = [
         _spec(axes.names, wanted)
         for axes in _axes(result_names, out_tree.unflatten(out))
@@ -296,6 +307,20 @@ def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
 
 def _is_key(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _has_other_settings() -> bool:
+    """Whether a context changes settings of JAX that change the program.
+
+    The partitioner calls back in a thread of its own, which has not entered it.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return _settings() != pool.submit(_settings).result()
+
+
+def _settings():
+    names = "jax_enable_x64", "jax_threefry_partitionable"
+    return [getattr(jax.config, name) for name in names]
 
 
 def _is_manual() -> bool:

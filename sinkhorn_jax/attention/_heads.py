@@ -61,7 +61,7 @@ def _attend_fwd(problem, passes, operands):
         forward, _, in_flight = passes(part)
         heads = Heads(part, operands, in_flight)
         attended, history = heads.attend(functools.partial(forward, heads))
-        return attended, heads.join_batch(history)
+        return attended, join_batch(part, history)
 
     results = _problem.RESULT_AXES, "bn"
     attended, history = by_part(of_part, (_problem.AXES,), results, operands)
@@ -75,7 +75,7 @@ def _attend_bwd(problem, passes, residuals, cotangents):
         _, backward, in_flight = passes(part)
         heads = Heads(part, operands, in_flight)
         head = functools.partial(backward, heads)
-        return heads.cotangents(head, heads.split_batch(history), out, dout)
+        return heads.cotangents(head, split_batch(history), out, dout)
 
     dout, _ = cotangents  # The marginal error is not differentiated.
     names = _problem.AXES, "b.n.", "bn", "b.n."
@@ -219,15 +219,6 @@ class Heads:
         axes = tuple(i for i in (0, 1) if self.bias_shape[i] == 1)
         return dlogits.sum(axis=axes, keepdims=True)
 
-    def join_batch(self, x: Any) -> Any:
-        """Arrays of all heads, (B N, ...), with the axes of batch and heads apart."""
-        sizes = self.problem.batch, self.problem.num_heads
-        return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), x)
-
-    def split_batch(self, x: Any) -> Any:
-        """The inverse of `join_batch`."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
-
     def attend(self, head: Callable[..., Any]) -> tuple[Attended, Any]:
         """The results and the histories of all heads, from a function of the index."""
         (out, error), history = map_matrices(head, self.indices, self._in_flight)
@@ -290,6 +281,17 @@ class Heads:
         total = jnp.zeros((bias.shape[0] * bias.shape[1], *bias.shape[2:]), self.dtype)
         out, total = map_and_add(fn, xs, total, slots, self._in_flight)
         return out, total.reshape(bias.shape).astype(bias.dtype)
+
+
+def join_batch(problem: Problem, x: Any) -> Any:
+    """Arrays of all heads, (B N, ...), with the axes of batch and heads apart."""
+    sizes = problem.batch, problem.num_heads
+    return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), x)
+
+
+def split_batch(x: Any) -> Any:
+    """The inverse of `join_batch`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
 
 
 def split(x: Float[Array, "B T N ..."]) -> Float[Array, "BN T ..."]:

@@ -254,6 +254,23 @@ def test_tokens_and_features_stay_whole(spec):
         jax.jit(sinkhorn_attention)(*operands)
 
 
+def test_a_context_that_changes_precision():
+    """The partitioner works in a thread that has not entered it."""
+    operands = inputs(b=8, t=4, s=4, n=2, k=2)
+    with jax.enable_x64(False):
+        narrow = [x.astype(jnp.float32) for x in operands]
+        divided = divide(make_mesh({"x": 8}), ("x",), narrow)
+        out = jax.jit(sinkhorn_attention)(*divided)
+    np.testing.assert_allclose(out, sinkhorn_attention(*operands), atol=1e-5)
+
+
+def test_vmap_over_a_divided_axis_is_refused_where_axes_are_explicit():
+    mesh = make_mesh({"x": 8}, AxisType.Explicit)
+    operands = divide(mesh, ("x",), inputs(b=8, t=4, s=4, n=2, k=2))
+    with pytest.raises(ValueError, match=r"jax.vmap.*own leading axes"):
+        jax.vmap(sinkhorn_attention)(*operands)
+
+
 def test_auto_axes_over_tokens_are_gathered():
     operands = inputs(b=2, t=16, s=16, n=2, k=2)
     divided = divide(make_mesh({"x": 8}), (None, "x"), operands)

@@ -28,18 +28,24 @@ dtype with sums in float32, as in flash attention.
 """
 
 import functools
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..._runtime.partition import by_part
 from ..._runtime.vmap import fold_vmap
+from .._heads import join_batch, split_batch
 from .._pallas_common import scale_queries, to_unit_by_head, why_not_options
-from .._problem import Operands, Problem, vary_alike
+from .._problem import AXES, Operands, Problem, part_of, vary_alike
 from . import passes
 from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, padded_dim
 from .heuristics import default_blocks
 from .types import PaddedOperands
+
+# Of valid rows and columns, and of queries, keys and values: see `_runtime.partition`.
+_AXES: Final = ("b", "b", AXES[:3])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,8 +65,7 @@ def attend_in(
     cols = _valid(problem.batch, problem.s, operands.key_valid)
     # A row without any valid column is padding, and so is a column without rows.
     rows, cols = rows & cols.any(axis=1)[:, None], cols & rows.any(axis=1)[:, None]
-    query, key, value, *_ = operands
-    return _attend(problem, blocks, rows, cols, query, key, value)
+    return _attend(problem, blocks, rows, cols, operands[:3])
 
 
 def why_not(problem: Problem) -> str | None:
@@ -81,48 +86,57 @@ def why_not(problem: Problem) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(problem, blocks, rows, cols, query, key, value):
-    return _attend_fwd(problem, blocks, rows, cols, query, key, value)[0]
+def _attend(problem, blocks, rows, cols, arrays):
+    return _attend_fwd(problem, blocks, rows, cols, arrays)[0]
 
 
-def _attend_fwd(problem, blocks, rows, cols, query, key, value):
-    padded = _pad(problem, blocks, rows, cols, query, key, value)
-    out, error, history = fold_vmap(
-        functools.partial(passes.forward, problem, blocks), *padded
-    )
-    if error is not None:
-        error = error.reshape(problem.batch, problem.num_heads)
-    result = _from_heads(problem, out, problem.t, problem.value_dim)
-    result = result.astype(problem.dtype)
-    return (result, error), (rows, cols, query, key, value, out, history)
+def _attend_fwd(problem, blocks, rows, cols, arrays):
+    def of_part(rows, cols, arrays):
+        part = part_of(problem, Operands(*arrays))
+        padded = _pad(part, blocks, rows, cols, *arrays)
+        solve = functools.partial(passes.forward, part, blocks)
+        out, error, history = fold_vmap(solve, *padded)
+        result = _from_heads(part, out, part.t, part.value_dim)
+        result = result.astype(part.dtype)
+        return (result, *join_batch(part, (error, out, history)))
+
+    results = "b.n.", "bn", "bn", "bn"
+    out = by_part(of_part, _AXES, results, rows, cols, arrays)
+    result, error, *history = out
+    return (result, error), (rows, cols, arrays, *history)
 
 
 def _attend_bwd(problem, blocks, residuals, cotangents):
-    rows, cols, query, key, value, out, history = residuals
+    def of_part(rows, cols, arrays, out, history, dout):
+        part = part_of(problem, Operands(*arrays))
+        query, key, value = arrays
+        out, history = split_batch((out, history))
+        dout, size = to_unit_by_head(_zero_padding(rows, dout))
+        # dP = dO V^T is linear in the values too; scaled, dZ stays in float16's range.
+        value, value_size = to_unit_by_head(_zero_padding(cols, value))
+        value_size = jnp.repeat(value_size, part.groups, axis=2)
+        out = out / value_size.reshape(-1, 1, 1)
+        padded = _pad(part, blocks, rows, cols, query, key, value)
+        dq, dk, dv = fold_vmap(
+            functools.partial(passes.backward, part, blocks),
+            *padded,
+            *history,
+            out,
+            _to_heads(dout, blocks.rows),
+        )
+
+        def sum_groups(x):
+            return x.reshape(*x.shape[:2], -1, part.groups, x.shape[-1]).sum(axis=3)
+
+        dq = _from_heads(part, dq, part.t, part.head_dim) * value_size * size
+        dk = _from_heads(part, dk, part.s, part.head_dim) * value_size * size
+        dv = _from_heads(part, dv, part.s, part.value_dim) * size
+        grads = dq, sum_groups(dk), sum_groups(dv)
+        return tuple(x.astype(part.dtype) for x in grads)
+
     dout, _ = cotangents  # The marginal error is not differentiated.
-    groups = problem.num_heads // problem.num_key_heads
-    dout, size = to_unit_by_head(_zero_padding(rows, dout))
-    # dP = dO V^T is linear in the values too; scaled, dZ stays in float16's range.
-    value, value_size = to_unit_by_head(_zero_padding(cols, value))
-    value_size = jnp.repeat(value_size, groups, axis=2)
-    out = out / value_size.reshape(-1, 1, 1)
-    padded = _pad(problem, blocks, rows, cols, query, key, value)
-    dq, dk, dv = fold_vmap(
-        functools.partial(passes.backward, problem, blocks),
-        *padded,
-        *history,
-        out,
-        _to_heads(dout, blocks.rows),
-    )
-    dq = _from_heads(problem, dq, problem.t, problem.head_dim) * value_size * size
-
-    def sum_groups(x):
-        return x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
-
-    dk = _from_heads(problem, dk, problem.s, problem.head_dim) * value_size * size
-    dv = _from_heads(problem, dv, problem.s, problem.value_dim) * size
-    dk, dv = sum_groups(dk), sum_groups(dv)
-    return None, None, *(x.astype(problem.dtype) for x in (dq, dk, dv))
+    names = *_AXES, "bn", "bn", "b.n."
+    return None, None, by_part(of_part, names, _AXES[2], *residuals, dout)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

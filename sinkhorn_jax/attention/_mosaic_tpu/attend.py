@@ -16,18 +16,30 @@ Blocks are chosen for the VMEM of the TPU that is traced for: see `vmem_capacity
 """
 
 import functools
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 
+from ..._runtime.partition import by_part
 from ..._runtime.shard_map import varying_like
 from ..._runtime.vmap import fold_vmap
-from .._heads import join, join_to_keys, split, split_transposed
+from .._heads import (
+    join,
+    join_batch,
+    join_to_keys,
+    split,
+    split_batch,
+    split_transposed,
+)
 from .._pallas_common import scale_queries, to_unit_by_head, why_not_options
-from .._problem import Attended, Operands, Problem, vary_alike
+from .._problem import AXES, Attended, Operands, Problem, part_of, vary_alike
 from .backward import backward
 from .blocks import check_fits, default_blocks
 from .forward import forward
+
+# Of the lengths, and of queries, keys and values: see `_runtime.partition`.
+_AXES: Final = ("b", AXES[:3])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -38,11 +50,10 @@ def attend(problem: Problem, operands: Operands) -> Attended:
         NotImplementedError: The TPU that is traced for has too little VMEM for the
             forward kernel. The backward pass raises it for the backward kernel.
     """
-    blocks = tuple(default_blocks(problem, x) for x in ("forward", "backward"))
-    check_fits(problem, blocks[0], "forward")
+    check_fits(problem, default_blocks(problem, "forward"), "forward")
     operands = scale_queries(problem, vary_alike(operands))
     lengths = varying_like(_lengths(problem, operands), operands.query)
-    return _attend(problem, blocks, lengths, operands[:3])
+    return _attend(problem, lengths, operands[:3])
 
 
 def why_not(problem: Problem) -> str | None:
@@ -52,36 +63,47 @@ def why_not(problem: Problem) -> str | None:
     return why_not_options(problem)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(problem, blocks, lengths, arrays):
-    return _attend_fwd(problem, blocks, lengths, arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem, lengths, arrays):
+    return _attend_fwd(problem, lengths, arrays)[0]
 
 
-def _attend_fwd(problem, blocks, lengths, arrays):
-    blocks, _ = blocks
-    solve = functools.partial(forward, problem, blocks)
-    out, errors, history = fold_vmap(solve, *lengths, *_split(blocks, *arrays))
-    error = None
-    if errors:
-        error = errors[0][:, 0, 0].reshape(problem.batch, problem.num_heads)
-    return (join(problem, out)[:, : problem.t], error), (lengths, arrays, history)
+def _attend_fwd(problem, lengths, arrays):
+    def of_part(lengths, arrays):
+        part = part_of(problem, Operands(*arrays))
+        blocks = default_blocks(part, "forward")
+        solve = functools.partial(forward, part, blocks)
+        out, errors, history = fold_vmap(solve, *lengths, *_split(blocks, *arrays))
+        error = errors[0][:, 0, 0] if errors else None
+        out = join(part, out)[:, : part.t]
+        return (out, *join_batch(part, (error, history)))
+
+    out, error, history = by_part(of_part, _AXES, ("b.n.", "bn", "bn"), lengths, arrays)
+    return (out, error), (lengths, arrays, history)
 
 
-def _attend_bwd(problem, blocks, residuals, cotangents):
-    _, blocks = blocks
-    check_fits(problem, blocks, "backward")
+def _attend_bwd(problem, residuals, cotangents):
+    check_fits(problem, default_blocks(problem, "backward"), "backward")
     lengths, arrays, history = residuals
     dout, _ = cotangents  # The marginal error is not differentiated.
-    dout, size = to_unit_by_head(varying_like(dout, arrays[0]))
-    dq, dk, dv = fold_vmap(
-        functools.partial(backward, problem, blocks),
-        *(*lengths, *_split(blocks, *arrays), _rows(blocks, dout)),
-        *history,
-    )
-    dq, dk, dv = (x * size.reshape(-1, 1, 1) for x in (dq, dk, dv))
-    dquery = join(problem, dq)[:, : problem.t]
-    dkey, dvalue = (join_to_keys(problem, x)[:, : problem.s] for x in (dk, dv))
-    grads = tuple(x.astype(problem.dtype) for x in (dquery, dkey, dvalue))
+
+    def of_part(lengths, arrays, history, dout):
+        part = part_of(problem, Operands(*arrays))
+        blocks = default_blocks(part, "backward")
+        dout, size = to_unit_by_head(dout)
+        dq, dk, dv = fold_vmap(
+            functools.partial(backward, part, blocks),
+            *(*lengths, *_split(blocks, *arrays), _rows(blocks, dout)),
+            *split_batch(history),
+        )
+        dq, dk, dv = (x * size.reshape(-1, 1, 1) for x in (dq, dk, dv))
+        dquery = join(part, dq)[:, : part.t]
+        dkey, dvalue = (join_to_keys(part, x)[:, : part.s] for x in (dk, dv))
+        return tuple(x.astype(part.dtype) for x in (dquery, dkey, dvalue))
+
+    dout = varying_like(dout, arrays[0])
+    names = *_AXES, "bn", "b.n."
+    grads = by_part(of_part, names, _AXES[1], lengths, arrays, history, dout)
     return (None, None), grads
 
 
