@@ -48,7 +48,7 @@ _ATTENTION: Final = tuple(
     ).split()
 )
 PARTS: Final = {
-    "core": Part(("_core",), (_MATRIX, *_ATTENTION)),
+    "core": Part(("_core",), (_MATRIX, *_ATTENTION, _CHECKIFY)),
     "matrix": Part(tuple(f"matrix/{x}" for x in _SHARED), (_MATRIX, _CHECKIFY)),
     "attention": Part(
         tuple(

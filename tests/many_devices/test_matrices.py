@@ -34,7 +34,7 @@ def solve(logits, marginal, implementation):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 @pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 def test_every_device_computes_its_part(kind, implementation, division):
     logits, marginal = random(0, SHAPE), jnp.abs(random(1, SHAPE[:-1])) + 0.1
     sizes, spec = DIVISIONS[division]
@@ -59,6 +59,7 @@ def test_every_device_computes_its_part(kind, implementation, division):
         assert part[name] <= 0.14 * 8 / parts * number, name
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
 def test_shard_map_with_its_checks(implementation, tolerance):

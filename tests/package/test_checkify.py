@@ -94,6 +94,7 @@ def test_heads_that_leave_padding_out_do_not_count():
         with_mask(TOKENS, mixed)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("low", [-1e4, -np.inf])
 def test_causal_biases_of_any_dtype(dtype, low):

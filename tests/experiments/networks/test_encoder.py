@@ -95,6 +95,7 @@ def test_the_reported_plan_is_the_one_that_is_applied(options):
     np.testing.assert_allclose(hidden[1, 0], out, atol=20 * ATOL)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layer_norm", ["none", "pre", "post"])
 def test_skips_and_layer_norms(layer_norm):
     model = text_encoder(num_iters=0, has_mlp=False, layer_norm=layer_norm)
@@ -250,7 +251,7 @@ def test_mean_pooling_does_not_see_where_a_doubly_stochastic_plan_sends_values()
     assert same == [True, False]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("pooling", "num_iters", "is_seen"),
     [("mean", 200, False), ("class_token", 200, True), ("mean", 0, True)],

@@ -89,6 +89,7 @@ def trained(tmp_path_factory):
     return config, convergence.run(config)
 
 
+@pytest.mark.few(1)
 def test_networks_before_and_after_training(trained):
     config, result = trained
     text = (config.output / "convergence.json").read_text()

@@ -191,6 +191,7 @@ def test_networks_on_text(made, trained):
     assert softmax["num_parameters"] == sum(sizes) / 2
 
 
+@pytest.mark.slow
 def test_networks_on_images_without_skips(made, data_dir, monkeypatch, trained):
     monkeypatch.setattr(train, "load", functools.partial(load, data_dir=data_dir))
     sizes = dataclasses.replace(DIGITS, num_steps=2, num_observations=1)

@@ -10,6 +10,7 @@ from support.training_runs import in_process, tiny
 from experiments.training import train
 
 
+@pytest.mark.few(1)
 def test_a_finished_run_is_read_and_another_folder_is_asked_for(
     uninterrupted, data_dir
 ):

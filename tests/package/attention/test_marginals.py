@@ -63,7 +63,7 @@ def gradients(implementation, arrays, options):
     return jax.jit(jax.value_and_grad(loss, tuple(range(6))))(*arrays)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @fast
 @pytest.mark.parametrize(
     "options",
@@ -89,6 +89,7 @@ def test_gradients_agree_with_autodiff(implementation, options):
     )
 
 
+@pytest.mark.few(1)
 @fast
 def test_gradients_with_padding_agree_with_autodiff(implementation):
     query, key, value, _, _, tau = operands()
@@ -101,7 +102,7 @@ def test_gradients_with_padding_agree_with_autodiff(implementation):
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -206,7 +207,7 @@ def test_marginals_of_different_magnitude_in_float32(implementation, spread):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [1e-34, 1e20, 1e34])
 @fast
 def test_very_small_and_large_marginals_in_float32(implementation, size):

@@ -143,6 +143,7 @@ def test_hostile_logits(in_regime, interpreted):
     chex.assert_tree_all_finite(got)
 
 
+@pytest.mark.slow
 def test_a_base_that_moves_in_every_iteration(in_regime, interpreted, monkeypatch):
     in_regime("streamed")
     monkeypatch.setattr(forward, "MAX_DRIFT", 0.0)

@@ -158,6 +158,7 @@ def test_without_lengths_mask_and_bias_the_program_is_that_of_the_implementation
 class TestAdditivePadding:
     """A bias as models of Hugging Face pass it."""
 
+    @pytest.mark.few(4)
     @pytest.mark.parametrize("implementation", PLAIN)
     @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
     def test_the_least_numbers_of_a_dtype_exclude(self, implementation, dtype):

@@ -51,7 +51,7 @@ def gradients(options, operands, bias=None):
     return jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(operands, bias)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @plain
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_window_is_a_band_mask(implementation, window):
@@ -63,7 +63,7 @@ def test_a_window_is_a_band_mask(implementation, window):
     chex.assert_trees_all_close(got, expected, atol=1e-11)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @plain
 @pytest.mark.parametrize(
     "options",
@@ -117,7 +117,7 @@ def segments_apart(operands, options):
     return jax.value_and_grad(loss, has_aux=True)(operands)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @plain
 @pytest.mark.parametrize(
     "options",
@@ -163,7 +163,7 @@ def test_segments_in_any_order(implementation):
     np.testing.assert_allclose(got, expected[:, rows], atol=1e-12)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @plain
 def test_segments_within_a_window_and_a_mask(implementation):
     operands = inputs(**LONG)
@@ -356,6 +356,7 @@ def test_kernels_say_what_they_do_not_take(name, options, says):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("implementation", ["scaling", "streaming"])

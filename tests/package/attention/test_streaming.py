@@ -107,7 +107,7 @@ def test_memory_grows_linearly():
     assert temp[32768] < 2 * temp[16384]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -185,6 +185,7 @@ def test_heads_that_need_other_paths_beside_some_that_do_not(
         chex.assert_trees_all_close(alone, beside, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"finish": "columns"}], ids=str)
 def test_paths_for_extreme_logits_agree_on_ordinary_ones(monkeypatch, options):
     operands = arrays(19, 14, dtype="float64")

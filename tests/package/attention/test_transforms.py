@@ -68,6 +68,7 @@ def test_shard_map_over_the_batch(implementation):
     chex.assert_trees_all_close(gradients(sharded), gradients(attend), atol=1e-12)
 
 
+@pytest.mark.few(2)
 @implementations
 def test_scan_over_layers(implementation):
     query, key, _ = inputs(s=T, k=N, d=H)

@@ -48,7 +48,7 @@ def oracle_options(options):
     }
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @implementations
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_oracle(implementation, case):
@@ -81,7 +81,7 @@ SHAPES = (
 
 
 # Each dtype and each shape; all pairs of them take long.
-@pytest.mark.few(10)
+@pytest.mark.few(4)
 @implementations
 @pytest.mark.parametrize(
     ("dtype", "shape"),
@@ -116,7 +116,7 @@ def test_no_iterations_is_softmax_attention(implementation):
     chex.assert_trees_all_close(out, expected, atol=ATOL["float32"])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @implementations
 def test_padding_equals_cropping(implementation):
     query, key, value = inputs(b=1)

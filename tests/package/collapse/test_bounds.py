@@ -261,6 +261,7 @@ ALL = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ALL)
 def test_bounds_over_depth_under_transforms(name):
     rng = np.random.default_rng(2)

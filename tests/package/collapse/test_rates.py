@@ -39,6 +39,7 @@ def test_closed_forms():
     assert rate(jnp.ones((1, 4))) == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", RTOL)
 @pytest.mark.parametrize(("t", "s"), [(6, 5), (3, 8)])
 def test_agrees_with_numpy(dtype, t, s):
@@ -51,6 +52,7 @@ def test_agrees_with_numpy(dtype, t, s):
         np.testing.assert_allclose(same, rate, rtol=RTOL[dtype])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", RTOL)
 def test_rows_and_columns_of_any_magnitude_count_alike(dtype):
     rate = lambda x: collapse.convergence_rate(jnp.asarray(x, dtype))

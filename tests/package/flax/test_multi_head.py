@@ -95,6 +95,7 @@ def test_parameters_of_softmax_attention_load_unchanged(framework):
     assert abs(other(x) - softmax(x)).max() > 1e-4
 
 
+@pytest.mark.few(2)
 @frameworks
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_lengths_equal_cropping(framework, batch):
@@ -169,6 +170,7 @@ def test_sown_plan_is_what_multiplies_the_values(framework):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @frameworks
 def test_the_sown_plan_is_that_of_each_segment(framework):
     # A last row step would hide a share of the columns that is not the segment's.
@@ -320,6 +322,7 @@ def test_nnx_modes_and_missing_keys_of_dropout():
         bare(tokens(), deterministic=False)
 
 
+@pytest.mark.few(5)
 @frameworks
 @pytest.mark.parametrize("kind", ["lengths", "mask", "segments", "marginals"])
 @pytest.mark.parametrize("is_self_attention", [True, False])
@@ -373,6 +376,7 @@ def test_junk_in_padded_tokens_reaches_no_gradient_of_a_layer(
         chex.assert_trees_all_equal(gradients(junk), expected)
 
 
+@pytest.mark.few(2)
 @frameworks
 @pytest.mark.parametrize("kind", ["leading axes", "mask and lengths"])
 def test_junk_that_mask_and_lengths_exclude_together(framework, kind):
@@ -408,6 +412,7 @@ def test_junk_that_mask_and_lengths_exclude_together(framework, kind):
     chex.assert_trees_all_equal(gradients(np.nan), gradients(0.0))
 
 
+@pytest.mark.few(3)
 @frameworks
 @pytest.mark.parametrize(
     "options",

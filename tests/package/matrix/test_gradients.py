@@ -88,7 +88,7 @@ def assert_gradients_agree(case):
     )
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_agree_with_autodiff_of_the_reference(case):
     assert_gradients_agree(case)
@@ -111,7 +111,7 @@ def test_gradients_in_log_space_agree_with_autodiff_of_the_reference(case):
     assert_gradients_agree(case)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("gradient", [Exact(), Truncated(100)], ids=str)
 def test_iterations_that_stop_early_with_potentials_of_several_hundred(
@@ -176,7 +176,7 @@ def test_hostile_gradients_of_scaling_in_float32(finish):
     assert max(error.values()) < 1e-5, error
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_gradients_with_large_offsets(implementation, finish):

@@ -28,7 +28,7 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 KERNELS = [name for name in IMPLEMENTATIONS if "mosaic" in name]
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @implementations
 @pytest.mark.parametrize("dtype", ATOL)
 @pytest.mark.parametrize("shape", [(T, S), SHAPE, (1, 6), (4, 1), (0, 3, 3)])
@@ -41,6 +41,7 @@ def test_agrees_with_the_oracle(implementation, dtype, shape):
     np.testing.assert_allclose(plan.astype("float64"), expected, atol=ATOL[dtype])
 
 
+@pytest.mark.few(16)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("given", ["", "rows", "columns", "rows and columns"])
@@ -80,6 +81,7 @@ def test_no_iterations_is_softmax(implementation):
     )
 
 
+@pytest.mark.few(2)
 @implementations
 def test_padding_equals_cropping(implementation):
     logits = random(0, (4, 6, 8))
@@ -127,6 +129,7 @@ def test_plans_are_equivariant_and_shift_invariant(implementation):
     chex.assert_trees_all_close(solve(logits + shift), plan, atol=1e-12)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("implementation", "num_iters"),
     [

@@ -14,6 +14,7 @@ from sinkhorn_jax.matrix import IMPLEMENTATIONS
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+@pytest.mark.few(2)
 @implementations
 @pytest.mark.parametrize(
     "tolerance", [0.05, pytest.param(None, marks=pytest.mark.slow)]

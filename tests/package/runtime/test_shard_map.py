@@ -11,7 +11,7 @@ from sinkhorn_jax import sinkhorn, sinkhorn_potentials
 BATCH, WHOLE = jax.sharding.PartitionSpec("b"), jax.sharding.PartitionSpec()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize(

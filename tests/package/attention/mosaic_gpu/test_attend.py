@@ -63,6 +63,7 @@ def test_refuses_second_derivatives():
         jax.eval_shape(jax.hessian(loss), *arrays)
 
 
+@pytest.mark.few(1)
 def test_what_lies_in_padding_does_not_matter(on_device):
     query, key, value, cotangent = operands(9, 7, "bfloat16", n=1)
     solve = jax.jit(step("mosaic_gpu", **lengths([5], [4]), num_iters=1))

@@ -130,6 +130,7 @@ def test_a_resident_head(in_float32, n, num_iters, cluster):
     assert (gs[:, :, n:] == -np.inf).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "num_iters", "cluster"),
     [(18, 40, 1), pytest.param(70, 26, 2, marks=pytest.mark.slow)],

@@ -53,6 +53,7 @@ def allocations(monkeypatch):
     return of
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("value_dim", [64, 128])

@@ -119,7 +119,7 @@ class Ref:
         self.array[index] = value
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("module", "length", "finish"),
     [
