@@ -222,7 +222,10 @@ def sinkhorn_attention(
         dropout_rate: Probability with which an entry of the plan is dropped, in [0, 1);
             the entries that remain are divided by 1 - rate. A Python number.
         dropout_rng: Key for the dropout. The dropout mask is a function of this key and
-            of the entry's position, and is the same in every implementation.
+            of the entry's position, and is the same in every implementation. The parts
+            of a `jax.shard_map` count on in the batch, so they have different masks;
+            with `check_vma=False` they cannot be told apart, and need keys of their
+            own.
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
@@ -269,13 +272,17 @@ def sinkhorn_attention(
             a negative `num_iters`, lengths out of range, an unknown `finish` or
             `implementation`, a dropout rate without a key, `column_tau` outside [0, 1],
             marginals that are negative, not finite, or of different totals, segment
-            ids of one side alone, or a one-sided window.
+            ids of one side alone, a one-sided window, or tokens or features that an
+            Explicit mesh axis divides.
         NotImplementedError: The named implementation cannot run this problem, its
             kernels are for another platform (under `jit` that is an error of Pallas),
             or the TPU that "mosaic_tpu" is traced for has too little VMEM for its
             forward kernel; the backward pass raises it for the backward kernel.
 
     `return_residual` of `jax.nn.dot_product_attention` is not offered.
+
+    Batch and heads may be divided over devices: each device computes its own. Tokens
+    and features may not. docs/usage.md has examples and limits.
 
     Reference:
         Sander et al., Sinkformers, 2022. https://arxiv.org/abs/2110.11773

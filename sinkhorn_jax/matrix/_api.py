@@ -59,6 +59,8 @@ def sinkhorn(
     takes part in neither marginal, its plan entries and gradients are 0, and all else
     is as for the matrix without it.
 
+    Leading axes may be divided over devices: each device computes its own matrices.
+
     Args:
         logits: T rows and S columns after any number of leading axes; floating. -inf
             means the same as False in `where`. A large negative number does not: in a
