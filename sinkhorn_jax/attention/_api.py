@@ -34,6 +34,7 @@ from ._problem import (
     valid_rows_and_cols,
     zero_padding,
 )
+from ._sequence import Parts, over_sequence
 from ._validate import (
     CAUSAL,
     WHY_WHOLE,
@@ -84,7 +85,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
+    sequence_axis: str | None = None, finish: Finish = "rows",
+    gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[False] = False,
 ) -> Array: ...
@@ -100,7 +102,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
+    sequence_axis: str | None = None, finish: Finish = "rows",
+    gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -116,7 +119,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    finish: Finish = "rows", gradient: Gradient = ..., tolerance: float | None = None,
+    sequence_axis: str | None = None, finish: Finish = "rows",
+    gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None, return_marginal_error: bool,
 ) -> Array | tuple[Array, Array]: ...
 # fmt: on
@@ -140,6 +144,7 @@ def sinkhorn_attention(
     column_tau: float | Float[Array, "..."] = 1.0,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
+    sequence_axis: str | None = None,
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     tolerance: float | None = None,
@@ -226,6 +231,12 @@ def sinkhorn_attention(
             of a `jax.shard_map` count on in the batch, so they have different masks;
             with `check_vma=False` they cannot be told apart, and need keys of their
             own.
+        sequence_axis: The axis of a `jax.shard_map` around the call over which tokens
+            are divided: T and S are then numbers of this device's tokens, in `bias`,
+            `mask`, marginals and segment ids as well, where S stays the whole in `bias`
+            and `mask`. Lengths, window and positions are those of the whole sequence,
+            and are the same on all devices. The result is that of one device. Tokens
+            are exchanged for heads, so the devices must divide both N and K.
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
@@ -289,15 +300,53 @@ def sinkhorn_attention(
     """
     names = "query", "key", "value"
     query, key, value = map(as_array, names, (query, key, value))
-    has_query_lengths = query_seq_lengths is not None
+    parts = Parts(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        GivenMarginals(query_marginal, key_marginal, column_tau),
+        GivenPattern(query_segment_ids, key_segment_ids, local_window_size),
+        Dropout(dropout_rate, dropout_rng),
+    )
+    lengths = query_seq_lengths, key_value_seq_lengths
+    compute = functools.partial(
+        _compute,
+        lengths=lengths,
+        options=Options(num_iters, finish, gradient, checked_tolerance(tolerance)),
+        scale=scale,
+        is_causal=is_causal,
+        return_marginal_error=return_marginal_error,
+        implementation=implementation,
+    )
+    if sequence_axis is None:
+        out, error = compute(parts)
+    else:
+        out, error = over_sequence(sequence_axis, compute, parts)
+    return out if error is None else (out, error)
+
+
+def _compute(
+    parts,
+    *,
+    lengths,
+    options,
+    scale,
+    is_causal,
+    return_marginal_error,
+    implementation,
+):
+    query, key, value, bias, mask, marginals, pattern, dropout = parts
+    has_query_lengths = lengths[0] is not None
     check_pattern(query, key, bias, mask, has_query_lengths=has_query_lengths)
     problem, operands = prepare(
         (query, key, value, bias, mask),
-        (query_seq_lengths, key_value_seq_lengths),
-        options=Options(num_iters, finish, gradient, checked_tolerance(tolerance)),
-        marginals=GivenMarginals(query_marginal, key_marginal, column_tau),
-        pattern=GivenPattern(query_segment_ids, key_segment_ids, local_window_size),
-        dropout=Dropout(dropout_rate, dropout_rng),
+        lengths,
+        options=options,
+        marginals=marginals,
+        pattern=pattern,
+        dropout=dropout,
         scale=scale,
         is_causal=is_causal,
         return_marginal_error=return_marginal_error,
@@ -305,7 +354,7 @@ def sinkhorn_attention(
     out, error = attend(problem, operands, implementation)
     if query.ndim == 3:
         out, error = jax.tree.map(lambda x: x[0], (out, error))
-    return out if error is None else (out, error)
+    return out, error
 
 
 def attend(
@@ -401,6 +450,7 @@ def prepare(
         has_segments=pattern.query_ids is not None,
         window=check_window(pattern.window, t, s),
     )
+    ids = head_ids(query) if dropout.ids is None else dropout.ids
     logits_shape = (batch, num_heads, t, s)
     operands = Operands(
         query,
@@ -414,6 +464,6 @@ def prepare(
         dynamic,
         tau=tau,
         segments=check_segments(pattern.query_ids, pattern.key_ids, batch, t, s),
-        head_ids=head_ids(problem, query) if dropout_rate > 0 else None,
+        head_ids=ids if dropout_rate > 0 else None,
     )
     return problem, with_given_marginals(problem, operands, marginals)

@@ -51,6 +51,7 @@ class Dropout(NamedTuple):
     rate: float = 0.0
     rng: Array | None = None
     is_broadcast: bool = False  # One mask for all batch elements and heads.
+    ids: Int[Array, "B N"] | None = None  # Which mask a head has; None: see `head_ids`.
 
 
 class GivenMarginals(NamedTuple):
@@ -288,17 +289,18 @@ def uniform_marginals(
     return rows.astype(dtype), jnp.where(cols, col_marginal[..., None], 0)
 
 
-def head_ids(problem: Problem, query: Array) -> Int[Array, "B N"]:
+def head_ids(query: Float[Array, "B T N H"], other: str = "") -> Int[Array, "B N"]:
     """B * N + n for each head, counted over all parts of a `jax.shard_map`.
 
-    The parts are taken for those of the batch. Were they parts of the heads, their
-    numbers would still differ.
+    The parts are taken for those of the batch, except over the axis `other`. Were they
+    parts of the heads, their numbers would still differ.
     """
-    num = problem.batch * problem.num_heads
-    ids = jnp.arange(num, dtype=jnp.int32)
-    if axes := varying_axes(query):
-        ids = ids + num * jax.lax.axis_index(axes)
-    return ids.reshape(problem.batch, problem.num_heads)
+    batch, _, num_heads, _ = query.shape
+    ids = jnp.arange(batch * num_heads, dtype=jnp.int32)
+    axes = tuple(axis for axis in varying_axes(query) if axis != other)
+    if axes:
+        ids = ids + batch * num_heads * jax.lax.axis_index(axes)
+    return ids.reshape(batch, num_heads)
 
 
 def dropout_keep(
