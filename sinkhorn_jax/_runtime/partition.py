@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
-from .arguments import are_known
+from .arguments import are_known, has_traced_checks
 
 
 def by_part(
@@ -44,7 +44,7 @@ def by_part(
         *operands: Trees of arrays.
     """
     leaves, tree = jax.tree.flatten(operands)
-    is_whole = jax.device_count() == 1 or _is_manual() or _has_other_settings()
+    is_whole = jax.device_count() == 1 or _is_manual() or not _has_partitioner()
     if is_whole or not all(are_known(*x.shape) for x in leaves):
         return fn(*operands)
     # The partitioner takes no typed keys.
@@ -82,6 +82,7 @@ def by_typed_part(
 
     Raises:
         ValueError: An axis without a name is divided, or one that `jax.vmap` maps over.
+        NotImplementedError: `traced_checks` are on.
     """
     leaves, tree = jax.tree.flatten(operands)
     types = [jax.typeof(x) for x in leaves]
@@ -89,6 +90,12 @@ def by_typed_part(
     mesh = next((x for x in meshes if AxisType.Explicit in x.axis_types), None)
     if mesh is None:
         return fn(*operands)
+    if has_traced_checks():
+        raise NotImplementedError(
+            "traced_checks cannot look at arrays on a mesh with Explicit axes: "
+            "checkify does not see into the jax.shard_map that divides the call. "
+            "Check the program on one device, or on a mesh whose axes are Auto."
+        )
     inputs = _axes(names, operands)
     specs = [_padded(x.sharding.spec, x.ndim) for x in types]
     for axes, spec in zip(inputs, specs, strict=True):
@@ -309,17 +316,40 @@ def _is_key(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _has_other_settings() -> bool:
-    """Whether a context changes settings of JAX that change the program.
+def like(
+    x: Array, other: Array, axes: tuple[int, ...] | None = None
+) -> Shaped[Array, "..."]:
+    """`x`, divided like the last of these axes of `other` where axes are Explicit.
 
-    The partitioner calls back in a thread of its own, which has not entered it.
+    An axis of size 1 stays whole. Without this, an operation on both is an error where
+    they are divided differently.
     """
+    sharding = jax.typeof(other).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    spec, shape = _padded(sharding.spec, other.ndim), other.shape
+    if axes is not None:
+        spec, shape = [spec[i] for i in axes], [shape[i] for i in axes]
+    first = len(spec) - x.ndim
+    pairs = zip(x.shape, shape[first:], spec[first:], strict=True)
+    wanted = [axis if size == length else None for size, length, axis in pairs]
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*wanted)))
+
+
+def _has_partitioner() -> bool:
+    """Whether the partitioner can call back, and with the settings of this thread.
+
+    It calls in a thread of its own, where contexts such as `jax.enable_x64` do not
+    hold.
+    """
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        return False
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return _settings() != pool.submit(_settings).result()
+        return _settings() == pool.submit(_settings).result()
 
 
 def _settings():
-    names = "jax_enable_x64", "jax_threefry_partitionable"
+    names = "jax_enable_x64", "jax_threefry_partitionable", "jax_default_prng_impl"
     return [getattr(jax.config, name) for name in names]
 
 

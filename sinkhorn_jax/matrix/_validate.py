@@ -20,6 +20,7 @@ from .._core.marginals import (
 )
 from .._core.options import Options
 from .._core.precision import accum_dtype
+from .._runtime.partition import like
 from ._problem import Matrices, Problem
 
 NAMES: Final = Names("row_marginal", "col_marginal")
@@ -61,6 +62,17 @@ def validated(
         has_tau=tau is not None,
     )
     _check_values(problem, dtype, *given, tau)
+    batch_axes = tuple(range(len(batch)))
+    row_axes, col_axes = (*batch_axes, len(batch)), (*batch_axes, len(batch) + 1)
+    where, a, b, tau = (
+        x if x is None else like(x, logits, axes)
+        for x, axes in (
+            (where, None),
+            (a, row_axes),
+            (b, col_axes),
+            (tau, batch_axes),
+        )
+    )
     logits = logits.astype(dtype)
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
