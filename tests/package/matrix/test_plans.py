@@ -193,15 +193,22 @@ def test_the_column_potential_of_a_softmax_is_0(implementation, dtype):
 def test_logits_outside_the_linear_domain_are_noticed():
     named = hostile_logits(16)
 
-    def fits(logits, num_iters):
-        domain, ones = Linear.of(jnp.asarray(logits)), jnp.ones(16, "float32")
-        marginals = Marginals(ones, ones)
+    def fits(logits, num_iters, marginal=1.0):
+        domain = Linear.of(jnp.asarray(logits, "float32"))
+        total = jnp.full(16, marginal, "float32")
+        marginals = Marginals(*(jnp.where(x, total, 0) for x in domain[1:3]))
         history = iterate(domain, marginals, Options(num_iters))
         return bool(is_representable(domain, history, marginals))
 
     assert fits(named["standard deviation 1"], 50)
     assert fits(named["standard deviation 100"], 10)
     assert not fits(named["0 on a cross, -120 elsewhere"], 50)
+    # Padding decides nothing, and only what is lost relative to a marginal counts.
+    padded = np.asarray(named["standard deviation 1"]).copy()
+    padded[-3:], padded[:, -2:] = -np.inf, -np.inf
+    assert fits(padded, 50)
+    assert fits(named["standard deviation 1"], 10, marginal=1e-20)
+    assert fits(named["standard deviation 1"], 10, marginal=1e20)
 
 
 def test_a_batch_takes_log_space_matrix_by_matrix():
