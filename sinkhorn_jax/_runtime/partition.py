@@ -183,22 +183,27 @@ class Division(NamedTuple):
     ) -> dict[str, tuple[str, ...]]:
         """The axes of the mesh that divide each axis: those of its first operand.
 
+        An axis of the mesh that divides one axis already divides no other.
+
         Args:
             mesh: The mesh.
             specs: How each operand is divided.
             evenly: Take the first of them only, as many as divide the axis evenly.
         """
-        divided = {}
+        divided, used = {}, set()
         for (names, _), spec in zip(self.inputs, specs, strict=True):
             for name, axes in zip(names, spec, strict=True):
                 if name in (None, "k") or not axes or name in divided:
                     continue
                 axes = axes if isinstance(axes, tuple) else (axes,)
+                if used & set(axes):
+                    continue
                 while evenly and self.sizes[name] % math.prod(
                     mesh.shape[x] for x in axes
                 ):
                     axes = axes[:-1]
                 divided[name] = axes
+                used |= set(axes)
         return divided | {"k": divided.get("n", ())}
 
     def rule(self) -> tuple[str, tuple[str, ...]]:

@@ -156,7 +156,26 @@ def test_arguments_agree_with_one_device(
     chex.assert_trees_all_close(run(*operands, arrays=arrays), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["scaling", "streaming"])
+@KINDS
+@pytest.mark.parametrize("spec", [(None, "x"), ("y", "x"), (None, None, "x")])
+def test_a_bias_may_be_divided_otherwise(kind, spec):
+    operands, bias = inputs(b=B, t=8, s=8, n=N, k=N), random(1, (B, N, 8, 8))
+    attend = jax.jit(functools.partial(sinkhorn_attention, num_iters=2))
+    expected = attend(*operands, bias)
+    mesh = make_mesh({"x": 4, "y": 2}, kind)
+    divided = divide(mesh, ("x",), operands), divide(mesh, spec, bias)
+    if kind == AxisType.Explicit and "x" in spec[2:]:
+        with pytest.raises(ValueError, match=r"mesh axis 'x'.*reshard"):
+            attend(*divided[0], divided[1])
+        return
+    got = attend(*divided[0], divided[1])
+    chex.assert_trees_all_close(got, expected, atol=1e-12)
+    if kind == AxisType.Explicit:  # Where axes are Auto, the partitioner chooses.
+        assert got.sharding.is_equivalent_to(divided[0][0].sharding, 4)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 def test_other_transforms_are_right(implementation):
     """Of arrays that are divided and of arrays that are not."""
     operands = inputs(b=B, t=3, s=4, n=2, k=2)
@@ -190,6 +209,7 @@ def test_other_transforms_are_right(implementation):
     chex.assert_trees_all_close(exported.call(*operands), expected, atol=1e-12)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["scaling", "streaming"])
 def test_a_mapped_axis_is_divided_too(implementation):
     operands = inputs(b=B, t=T, s=S, n=2, k=2)
