@@ -13,15 +13,24 @@ of consecutive heads "n". An array may have one in place of a size.
 """
 
 import concurrent.futures
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+)
 from jaxtyping import Array, Shaped
 
 from .arguments import are_known, has_traced_checks
@@ -261,8 +270,8 @@ def _by_part(fn, division, leaves):
 def _partitioned(fn, division):
     """The function as an operation that the partitioner knows how to divide."""
 
-    def partition(mesh, arg_shapes, result_shape):
-        specs = [_padded(x.sharding.spec, len(x.shape)) for x in arg_shapes]
+    def partition(_, arg_shapes, result_shape):
+        mesh, specs = _named([(x.sharding, x.shape) for x in arg_shapes])
         divided = division.over(mesh, specs)
 
         def of_parts(*parts):
@@ -282,8 +291,88 @@ def _partitioned(fn, division):
 
     call = custom_partitioning(fn)
     rule, whole = division.rule()
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
+    call.def_partition(
+        partition,
+        sharding_rule=rule,
+        need_replication_factors=whole,
+        decode_shardings=False,
+    )
     return call
+
+
+def _named(
+    arrays: Iterable[tuple[Sharding, tuple[int, ...]]],
+) -> tuple[Mesh, list[tuple[Any, ...]]]:
+    """A mesh of all devices, and how its axes divide each array; None for undivided.
+
+    The partitioner may split an axis of the user's mesh, so that no axis divides an
+    array any more: a batch over 8 devices becomes 2 x 4 where it is reshaped so. The
+    axes of this mesh cannot be split: their sizes are the primes in the number of
+    devices.
+    """
+    places = [_places(*array) for array in arrays]
+    devices = np.asarray(list(places[0]))
+    indices = [np.stack(list(place.values()), axis=-1) for place in places]
+    factors = _primes(len(devices))
+    for sizes in sorted(set(itertools.permutations(factors))):
+        specs = [_spec_of(x.reshape(-1, *sizes)) for x in indices]
+        if all(spec is not None for spec in specs):
+            break
+    else:  # Each array on every device.
+        sizes, specs = factors, [(None,) * len(x) for x in indices]
+    names = [f"axis_{i}" for i in range(len(sizes))]
+    named = [
+        tuple(
+            None if not axes else tuple(names[i] for i in axes) for axes in spec or ()
+        )
+        for spec in specs
+    ]
+    return Mesh(devices.reshape(sizes), names), named
+
+
+def _places(sharding, shape):
+    """Which part of each axis of an array a device has, by device."""
+    parts = sharding.devices_indices_map(shape)
+    starts = [[index.start or 0 for index in part] for part in parts.values()]
+    columns = np.asarray(starts, int).reshape(len(parts), len(shape)).T
+    ranks = [np.unique(column, return_inverse=True)[1] for column in columns]
+    ranks = np.asarray(ranks, int).reshape(len(shape), len(parts)).T
+    return dict(zip(parts, ranks, strict=True))
+
+
+def _spec_of(places: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
+    """The axes of a mesh that divide each axis of an array, the slowest first.
+
+    `places` [axes of the array, *sizes of the mesh] says which part of each axis a
+    device has. None where it is not divided by whole axes of the mesh.
+    """
+    spec = []
+    for place in places:
+        steps = {}
+        for i, size in enumerate(place.shape):
+            at = [0] * place.ndim
+            at[i] = 1
+            if size > 1 and place[tuple(at)]:
+                steps[i] = int(place[tuple(at)])
+        grid = np.indices(place.shape)
+        made_of = sum(
+            (step * grid[i] for i, step in steps.items()), np.zeros_like(place)
+        )
+        axes = sorted(steps, key=lambda i: -steps[i])
+        num_parts = math.prod(place.shape[i] for i in axes)
+        if (made_of != place).any() or num_parts != place.max() + 1:
+            return None
+        spec.append(tuple(axes))
+    return tuple(spec)
+
+
+def _primes(number: int) -> list[int]:
+    factors = []
+    for factor in range(2, number + 1):
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+    return factors
 
 
 def _axes(names, tree) -> list[Axes]:

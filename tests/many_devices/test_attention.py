@@ -156,6 +156,19 @@ def test_arguments_agree_with_one_device(
     chex.assert_trees_all_close(run(*operands, arrays=arrays), expected, atol=1e-12)
 
 
+def test_fewer_heads_than_devices_divide_a_projection():
+    """The partitioner then splits the axis of the mesh."""
+    x, weights = random(0, (2, 5, 16)), random(1, (16, 4 * 8))
+    divided = divide(make_mesh({"x": 8}), (None, "x"), weights)
+
+    def attend(weights):
+        tokens = (x @ weights).reshape(2, 5, 4, 8)
+        return jnp.sin(sinkhorn_attention(tokens, tokens, tokens, num_iters=2)).sum()
+
+    gradient = jax.jit(jax.grad(attend))
+    chex.assert_trees_all_close(gradient(divided), gradient(weights), atol=1e-12)
+
+
 @KINDS
 @pytest.mark.parametrize("spec", [(None, "x"), ("y", "x"), (None, None, "x")])
 def test_a_bias_may_be_divided_otherwise(kind, spec):

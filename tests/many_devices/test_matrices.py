@@ -79,6 +79,26 @@ def test_shard_map_with_its_checks(implementation, tolerance):
     )
 
 
+@pytest.mark.parametrize("implementation", ["scaling", "reference"])
+def test_parts_that_no_axis_of_the_mesh_makes(implementation):
+    """A batch over eight devices, in parts of four as in gradient accumulation."""
+    logits = random(0, (8, 6, 5))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def in_parts(logits):
+        def add(total, part):
+            plan = sinkhorn(part, 3, implementation=implementation)
+            return total + jnp.sin(plan).sum(), plan
+
+        start = jnp.zeros((), logits.dtype)
+        return jax.lax.scan(add, start, logits.reshape(2, 4, 6, 5))
+
+    divided = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("x")))
+    chex.assert_trees_all_close(
+        jax.jit(in_parts)(divided), in_parts(logits), atol=1e-12
+    )
+
+
 def test_arguments_that_are_divided_otherwise():
     """Where axes are Explicit, an operation of JAX on both would be an error."""
     logits = random(0, SHAPE)
