@@ -19,10 +19,10 @@ _has_traced_checks = jax.make_user_context(default_value=False)
 def traced_checks(*, is_on: bool = True) -> contextlib.AbstractContextManager[None]:
     """A context in which values that are not known to `jit` are checked as well.
 
-    Those are causal masks and biases, sequence lengths out of range, and marginals that
-    are negative, not finite or of different totals. The checks are compiled into the
-    program, and `jax.experimental.checkify.checkify`, as the outermost transform,
-    returns what they found:
+    Those are causal masks and biases, sequence lengths and `column_tau` out of range,
+    and marginals that are negative, not finite or of different totals. The checks are
+    compiled into the program, and `jax.experimental.checkify.checkify`, as the
+    outermost transform, returns what they found:
 
         with traced_checks():
             error, out = checkify.checkify(jax.jit(f))(x)

@@ -71,9 +71,12 @@ def check_window(window: Any, t: Any, s: Any) -> Window | None:
             "doubly stochastic plan, so every token would attend to itself alone. Use "
             "jax.nn.dot_product_attention for it."
         )
-    if are_known(t, s) and left >= t - 1 and right >= s - 1:
+    if not are_known(t, s):
+        return Window(left, right)
+    if left >= t - 1 and right >= s - 1:
         return None
-    return Window(left, right)
+    # Positions are 32 bits.
+    return Window(min(left, t), min(right, s))
 
 
 def check_segments(

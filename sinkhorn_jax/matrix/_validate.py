@@ -122,7 +122,7 @@ def _check_values(problem, dtype, logits, where, a, b, tau):
     Also under `jit` and `vmap`: what is a constant there is known. Entries of logits
     that are not known count as allowed.
     """
-    t, s, num_batch_axes = problem.t, problem.s, jnp.ndim(logits) - 2
+    t, s, num_batch_axes = problem.t, problem.s, len(problem.batch)
     is_sized = isinstance(t, int) and isinstance(s, int)  # Not a symbol, as in exports.
     if not is_sized or not (is_known(a) or is_known(b)):
         return

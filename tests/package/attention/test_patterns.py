@@ -443,3 +443,10 @@ def test_the_oracle_agrees():
     expected = reference.sinkhorn_attention(*operands, num_iters=3, mask=mask)
     got = sinkhorn_attention(*operands, num_iters=3, local_window_size=(2, 3))
     np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_a_window_longer_than_positions_are_wide():
+    operands = inputs()
+    got = sinkhorn_attention(*operands, local_window_size=(2**40, 2))
+    expected = sinkhorn_attention(*operands, local_window_size=(T, 2))
+    np.testing.assert_array_equal(got, expected)

@@ -177,3 +177,9 @@ def test_the_error_is_right_where_a_total_overflows(implementation, finish):
     for got in (solve(mass), jax.jit(solve)(mass)):
         # Potentials near log(1e38) = 88 have an error of half an eps of that.
         np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_are_taken_without_a_warning():
+    plan = sinkhorn([[1.0, 2.0], [3.0, 4.0]], row_marginal=[1.0, 2.0])
+    np.testing.assert_allclose(plan.sum(axis=1), [1.0, 2.0], rtol=1e-6)
