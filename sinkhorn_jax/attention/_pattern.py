@@ -168,7 +168,9 @@ def _count(window, segments, cols, t):
         first, last = _range_of(ids, segments.query)
         if window is not None:
             bounds = position - window.left, position + window.right + 1
-            first, last = (_lower_bound(order, first, last, bound) for bound in bounds)
+            first, last = (
+                _bound(order, first, last, bound, jnp.less) for bound in bounds
+            )
     before = jnp.cumsum(cols.astype(jnp.int32))
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), before])
     return before[last] - before[first]
@@ -178,16 +180,20 @@ def _range_of(in_order, ids):
     """The first place of each id in a sorted array, and the place after its last."""
     # `jnp.searchsorted` takes no symbolic size.
     start, end = jnp.zeros_like(ids), jnp.full_like(ids, in_order.shape[0])
-    return tuple(_lower_bound(in_order, start, end, bound) for bound in (ids, ids + 1))
+    return tuple(
+        _bound(in_order, start, end, ids, is_before)
+        for is_before in (jnp.less, jnp.less_equal)
+    )
 
 
-def _lower_bound(values, first, last, bound):
-    """The first place in each range from which on the values reach the bound."""
+def _bound(values, first, last, bound, is_before):
+    """The first place in each range whose value is not `is_before(value, bound)`."""
 
     def halve(_, place):
         first, last = place
         middle = (first + last) // 2
-        is_below = values[jnp.minimum(middle, values.shape[0] - 1)] < bound
+        value = values[jnp.minimum(middle, values.shape[0] - 1)]
+        is_below = is_before(value, bound)
         is_open = first < last
         return (
             jnp.where(is_open & is_below, middle + 1, first),

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._runtime.arguments import as_array
 from ._measures import prepare
 
 Normaliser = Literal["softmax", "sinkhorn", "sinkhorn limit"]
@@ -259,6 +260,11 @@ def _cubic(log_residual, qk_norm, value_norm, factor):
 
 
 def _norms(log_residual, qk_norm, value_norm):
+    log_residual = as_array("log_residual", log_residual)
+    qk_norm, value_norm = (
+        as_array("qk_norm", qk_norm),
+        as_array("value_norm", value_norm),
+    )
     if qk_norm.ndim < 2 or qk_norm.shape != value_norm.shape:
         raise ValueError(
             "qk_norm and value_norm must both be (..., layers, heads), got shapes "

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._runtime.arguments import as_array
 from ._measures import prepare, scale_near
 
 
@@ -80,6 +81,7 @@ def remaining_error(
     Returns:
         A number from 0 to 1.
     """
+    rate = as_array("rate", rate)
     return jnp.power(rate, jnp.asarray(num_iters).astype(rate.dtype))
 
 
@@ -98,6 +100,7 @@ def iterations_to_reduce(
         A whole number; 0 for a fraction of at least 1, inf for a rate of 1. It is
         piecewise constant, so its gradient is 0.
     """
+    rate = as_array("rate", rate)
     log_reduction = jnp.log(jnp.asarray(reduction, rate.dtype))
     log_rate = jnp.log(jnp.clip(rate, float(jnp.finfo(rate.dtype).tiny), 1.0))
     is_slow = log_rate == 0.0

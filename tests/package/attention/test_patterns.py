@@ -450,3 +450,16 @@ def test_a_window_longer_than_positions_are_wide():
     got = sinkhorn_attention(*operands, local_window_size=(2**40, 2))
     expected = sinkhorn_attention(*operands, local_window_size=(T, 2))
     np.testing.assert_array_equal(got, expected)
+
+
+def test_the_largest_id_is_a_segment_like_any_other():
+    ids = {"query": jnp.array([[1, 1, 2, 2, 2]] * B), "key": jnp.array([[1, 1, 2, 2]])}
+    operands = inputs(t=5, s=4)
+
+    def attend(top):
+        as_given = {
+            f"{name}_segment_ids": jnp.where(x == 2, top, x) for name, x in ids.items()
+        }
+        return sinkhorn_attention(*operands, **as_given)
+
+    np.testing.assert_array_equal(attend(2**31 - 1), attend(2))

@@ -296,3 +296,12 @@ def test_errors():
         collapse.pure_attention_log_bound(zero, ones, ones, 4, 8, "sparsemax")
     with pytest.raises(TypeError, match="floating, got int64"):
         collapse.log_deviation(jnp.ones((2, 2), int))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_and_lists_of_python():
+    norms = [[0.5, 0.25]], [[1.0, 2.0]]
+    pure, dong = collapse.pure_attention_log_bound, collapse.dong_log_bound
+    for bound, given in ((pure, (8, 4, "softmax")), (dong, (8,))):
+        expected = bound(jnp.float64(-1.0), *map(jnp.asarray, norms), *given)
+        np.testing.assert_allclose(bound(-1.0, *norms, *given), expected)

@@ -135,3 +135,9 @@ def test_iterations_invert_the_remaining_error():
         assert (exact ** (least - 1) > 1e-6 * (1 - 1e-5)).all()
     grad = jax.grad(lambda r: collapse.iterations_to_reduce(r, 0.1).sum())(rate)
     assert not grad[:3].any()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_python():
+    assert collapse.remaining_error(0.5, 3) == 0.125
+    assert collapse.iterations_to_reduce(0.5, 0.1) == 4
