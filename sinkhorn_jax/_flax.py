@@ -19,6 +19,7 @@ from ._core.marginals import floating_marginal, has_mass, static_tau
 from ._core.options import Finish, Options
 from ._runtime.arguments import as_array, known_values
 from ._runtime.dispatch import check_name
+from ._runtime.partition import merge_axes
 from .attention._api import (
     IMPLEMENTATIONS,
     AttentionImplementation,
@@ -163,7 +164,7 @@ class PlanOptions:
         if mask is not None:
             mask = jnp.asarray(mask).astype(bool)
         batch = query.shape[:-3]
-        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        query, key, value = (merge_axes(x, len(batch)) for x in (query, key, value))
         bias = _with_one_batch_axis("bias", bias, batch)
         mask = _with_one_batch_axis("mask", mask, batch)
         query_seq_lengths, key_value_seq_lengths = (

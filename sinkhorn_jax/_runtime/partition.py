@@ -430,6 +430,23 @@ def like(
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*wanted)))
 
 
+def merge_axes(x: Array, num_axes: int) -> Shaped[Array, "..."]:
+    """`x` with its first axes as one.
+
+    Where axes of the mesh are Explicit, no axis behind a whole one stays divided: the
+    one axis could not be.
+    """
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        spec = list(_padded(sharding.spec, x.ndim))
+        sizes = enumerate(x.shape[:num_axes])
+        whole = [i for i, size in sizes if spec[i] is None and size != 1]
+        if whole:
+            spec[whole[0] : num_axes] = [None] * (num_axes - whole[0])
+        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return x.reshape(-1, *x.shape[num_axes:])
+
+
 def _has_partitioner() -> bool:
     """Whether the partitioner can call back, and with the settings of this thread.
 

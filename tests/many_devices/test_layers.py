@@ -53,6 +53,19 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("spec", [(None, "y"), ("x", "y"), ("x",)])
+def test_two_batch_axes_where_axes_are_explicit(spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    layer = MultiHeadSinkhornAttention(num_heads=2, param_dtype=jnp.float64)
+    x = random(0, (4, 2, 5, 6))
+    params = layer.init(jax.random.key(0), x)
+    expected = layer.apply(params, x)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    with jax.set_mesh(mesh):
+        got = jax.jit(layer.apply)(jax.tree.map(put, params), put(x, *spec))
+    chex.assert_trees_all_close(got, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_token_is_gathered(layer):
     mesh = make_mesh()
