@@ -450,7 +450,9 @@ def prepare(
         has_segments=pattern.query_ids is not None,
         window=check_window(pattern.window, t, s),
     )
-    ids = head_ids(query) if dropout.ids is None else dropout.ids
+    ids = dropout.ids
+    if dropout_rate > 0 and ids is None:
+        ids = head_ids(query)
     logits_shape = (batch, num_heads, t, s)
     operands = Operands(
         query,

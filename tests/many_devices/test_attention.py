@@ -67,7 +67,7 @@ def value_and_gradients(*operands, arrays=None, **options):
 @KINDS
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 def test_every_device_computes_its_part(kind, implementation, division):
     operands = inputs(b=B, t=T, s=S, n=N, k=N)
     sizes, spec = DIVISIONS[division]
@@ -126,7 +126,7 @@ def named_arguments(name):
     }[name]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @KINDS
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("division", ["both", "heads"])

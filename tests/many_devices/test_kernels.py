@@ -53,7 +53,7 @@ def gpu_backward(problem, blocks, query, key, value, rows, cols, twice, cols_, o
     return (query + twice.astype("float32")) * total, key * total, value * total
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("num_key_heads", [8, 4, 1])
 @pytest.mark.parametrize(
