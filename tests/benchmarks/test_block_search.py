@@ -160,6 +160,7 @@ def lowered(monkeypatch):
     return kernels
 
 
+@pytest.mark.slow
 def test_the_kernels_divide_a_head_as_the_blocks_say(lowered):
     case = cases.Case(128, 128, dtype="bfloat16")
     resident, streamed, *_ = gpu_block_search.candidates(programs.problem(case))

@@ -153,6 +153,7 @@ def test_patches_are_squares():
         tokens.patches(jnp.asarray(x), 4)
 
 
+@pytest.mark.slow
 def test_a_convolutional_stem_makes_as_many_tokens_and_overlaps():
     x = images(height=8, width=12)
     model = image_encoder(patch_size=4, has_conv_stem=True)
@@ -191,6 +192,7 @@ def test_each_place_of_an_image_can_have_its_projection():
     np.testing.assert_allclose(kernel.std(axis=(1, 2)), 0.5, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", ["mean", "max", "class_token"])
 def test_recomputed_layers_are_the_same_layers(pooling):

@@ -86,6 +86,7 @@ def test_measures_by_hand(num_iters, has_skip):
     assert not np.allclose(found["words_residual"], found["relative_residual"])
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("has_skip", [True, False])
 def test_gradients_are_those_of_the_mean_loss(has_skip):

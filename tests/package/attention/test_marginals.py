@@ -173,6 +173,7 @@ def test_a_marginal_of_0_is_padding(implementation):
     np.testing.assert_array_equal(out[:, 1], 0)
 
 
+@pytest.mark.few(2)
 @plain
 @pytest.mark.parametrize("num_iters", [0, 4])
 def test_a_column_tau_of_0_is_softmax_attention(implementation, num_iters):
@@ -184,7 +185,7 @@ def test_a_column_tau_of_0_is_softmax_attention(implementation, num_iters):
     chex.assert_trees_all_close(out, softmax, atol=2e-7)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spread", [1e3, 1e8, 1e12])
 @fast
 def test_marginals_of_different_magnitude_in_float32(implementation, spread):
@@ -237,7 +238,7 @@ def test_very_small_and_large_marginals_in_float32(implementation, size):
     chex.assert_trees_all_close(gradients(size), gradients(1.0), atol=1e-5)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @fast
 @pytest.mark.parametrize("tau", [0.01, 0.3, 0.99])
 @pytest.mark.parametrize("offset", [200.0, -200.0])
@@ -311,6 +312,7 @@ def test_arguments_of_a_single_element(implementation):
     np.testing.assert_array_equal(out, batched[0])
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @plain
 def test_transforms(implementation):

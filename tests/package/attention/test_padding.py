@@ -58,7 +58,7 @@ def with_junk(junk):
     )
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @implementations
 @pytest.mark.parametrize("how", PADDING)
 def test_junk_in_padding_reaches_nothing(implementation, how):
@@ -88,6 +88,7 @@ def test_junk_in_padding_reaches_nothing(implementation, how):
         chex.assert_trees_all_equal(got, expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", PLAIN)
 def test_junk_in_a_bias_where_a_mask_excludes_reaches_nothing(implementation):
     operands = with_junk(0.0)

@@ -405,6 +405,7 @@ def test_a_window_that_excludes_nothing_changes_no_program(implementation):
     assert lowered(local_window_size=7) == lowered()
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @plain
 def test_transforms(implementation):

@@ -163,6 +163,7 @@ def every_hostile_case(n):
     return query, key, value, jnp.sin(9 * value)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("heads_in_flight", [1, 4])
 def test_heads_that_need_other_paths_beside_some_that_do_not(

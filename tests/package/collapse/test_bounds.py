@@ -53,6 +53,7 @@ def networks(n, width, dim, num_heads, num_iters, depth=3, trials=100):
 SHAPES = [(2, 3, 2, 1), (7, 6, 4, 2)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_iters", [0, 1, LIMIT])
 def test_the_column_sum_bound_holds(shape, num_iters):

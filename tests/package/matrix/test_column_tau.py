@@ -87,7 +87,7 @@ def loss(function, implementation, options):
     return jax.jit(jax.grad(of_result, argnums=(0, 1, 2, 3)))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("function", [sinkhorn, sinkhorn_potentials])
 @pytest.mark.parametrize(
     "options",

@@ -268,6 +268,7 @@ def test_large_cotangents_stay_in_range():
     chex.assert_trees_all_close(*map(gradient, sizes), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_truncated_to_all_iterations_is_exact():
     logits = random(0, (T, S))
 

@@ -16,6 +16,7 @@ from sinkhorn_jax.matrix import IMPLEMENTATIONS
 implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+@pytest.mark.few(2)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 def test_tolerance_stops_each_matrix_by_itself(implementation, finish):
@@ -39,6 +40,7 @@ def test_tolerance_stops_each_matrix_by_itself(implementation, finish):
             assert reference.potentials(z, int(n) - 1, finish=finish)[2] > 1e-3
 
 
+@pytest.mark.few(1)
 @implementations
 def test_tolerance_can_be_met_by_the_softmax_and_missed_at_the_limit(implementation):
     solve = functools.partial(sinkhorn_potentials, implementation=implementation)

@@ -56,7 +56,7 @@ def test_matrices_of_symbolic_sizes(implementation):
     check(solve, shapes("t,s", (2, "t", "s")), [random(0, (2, 5, 7))])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", [*PLAIN, None])
 @SIZES
 def test_attention_of_a_symbolic_batch(implementation, size):

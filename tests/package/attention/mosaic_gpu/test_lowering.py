@@ -43,7 +43,7 @@ def assert_lowers(dtype, t, s, head_dim, value_dim, *, is_resident):
     assert not re.search(rf"sinkhorn_attention_({'|'.join(others)})\b", text)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def assert_lowers(implementation, n, batch, dtype, **options):
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("n", "batch", "dtype"),
     [
