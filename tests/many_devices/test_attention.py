@@ -67,7 +67,7 @@ def value_and_gradients(*operands, arrays=None, **options):
 @KINDS
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("division", DIVISIONS)
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_every_device_computes_its_part(kind, implementation, division):
     operands = inputs(b=B, t=T, s=S, n=N, k=N)
     sizes, spec = DIVISIONS[division]
@@ -126,7 +126,7 @@ def named_arguments(name):
     }[name]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @KINDS
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("division", ["both", "heads"])
@@ -169,6 +169,7 @@ def test_fewer_heads_than_devices_divide_a_projection():
     chex.assert_trees_all_close(gradient(divided), gradient(weights), atol=1e-12)
 
 
+@pytest.mark.few(2)
 @KINDS
 @pytest.mark.parametrize("spec", [(None, "x"), ("y", "x"), (None, None, "x")])
 def test_a_bias_may_be_divided_otherwise(kind, spec):
@@ -208,18 +209,30 @@ def test_other_transforms_are_right(implementation):
         )
         remat = jax.jit(jax.grad(jax.checkpoint(loss)))
         chex.assert_trees_all_close(remat(*arrays), expected, atol=1e-12)
-    one = [x[:1] for x in operands]
-    second = jax.jit(jax.jacrev(jax.grad(loss)))(*one)
-    step, direction = 1e-5, random(9, one[0].shape)
-    change = gradient(one[0] + step * direction, *one[1:]) - gradient(
-        one[0] - step * direction, *one[1:]
-    )
-    product = jnp.tensordot(second, direction, axes=4)
-    np.testing.assert_allclose(product, change / (2 * step), atol=1e-7)
     with pytest.raises(TypeError, match="implementation='reference'"):
         jax.jvp(loss, operands, operands)
     exported = export.export(jax.jit(jax.grad(loss)))(*operands)
     chex.assert_trees_all_close(exported.call(*operands), expected, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["scaling", "streaming"])
+def test_second_derivatives_are_right(implementation):
+    operands = inputs(b=1, t=3, s=4, n=2, k=2)
+
+    def loss(*operands):
+        out = sinkhorn_attention(*operands, num_iters=2, implementation=implementation)
+        return (out**3).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    second = jax.jit(jax.jacrev(jax.grad(loss)))(*operands)
+    step, direction = 1e-5, random(9, operands[0].shape)
+    query, *others = operands
+    change = gradient(query + step * direction, *others) - gradient(
+        query - step * direction, *others
+    )
+    product = jnp.tensordot(second, direction, axes=4)
+    np.testing.assert_allclose(product, change / (2 * step), atol=1e-7)
 
 
 @pytest.mark.few(1)
@@ -239,6 +252,7 @@ def test_a_mapped_axis_is_divided_too(implementation):
     assert count(program)["exponential"] <= 0.14 * whole["exponential"]
 
 
+@pytest.mark.few(1)
 @IMPLEMENTATIONS
 def test_parts_of_shard_map_have_the_dropout_of_one_device(implementation):
     query, key, value = inputs(b=B, t=T, s=S, n=2, k=2)
@@ -261,6 +275,7 @@ def test_parts_of_shard_map_have_the_dropout_of_one_device(implementation):
     assert len(np.unique(np.asarray(got[:, 0, 0, 0]))) == B
 
 
+@pytest.mark.few(1)
 @KINDS
 def test_layers_need_no_gather(kind):
     """With the parameters on every device and the batch divided."""

@@ -53,6 +53,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("spec", [(None, "y"), ("x", "y"), ("x",)])
 def test_two_batch_axes_where_axes_are_explicit(spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"))
@@ -66,6 +67,7 @@ def test_two_batch_axes_where_axes_are_explicit(spec):
     chex.assert_trees_all_close(got, expected, atol=1e-12)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_token_is_gathered(layer):
     mesh = make_mesh()

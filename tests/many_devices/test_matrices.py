@@ -59,7 +59,7 @@ def test_every_device_computes_its_part(kind, implementation, division):
         assert part[name] <= 0.14 * 8 / parts * number, name
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
 def test_shard_map_with_its_checks(implementation, tolerance):
@@ -79,6 +79,7 @@ def test_shard_map_with_its_checks(implementation, tolerance):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["scaling", "reference"])
 def test_parts_that_no_axis_of_the_mesh_makes(implementation):
     """A batch over eight devices, in parts of four as in gradient accumulation."""

@@ -104,7 +104,7 @@ def make_mesh(data, tokens):
     return jax.make_mesh((data, tokens), (DATA, TOKENS), axis_types=kinds)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("num_devices", [4, 2])
 @pytest.mark.parametrize("case", CASES)
