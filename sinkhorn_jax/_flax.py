@@ -19,7 +19,7 @@ from ._core.marginals import floating_marginal, has_mass, static_tau
 from ._core.options import Finish, Options
 from ._runtime.arguments import as_array, known_values
 from ._runtime.dispatch import check_name
-from ._runtime.partition import merge_axes
+from ._runtime.explicit_axes import merge_axes
 from .attention._api import (
     IMPLEMENTATIONS,
     AttentionImplementation,

@@ -106,7 +106,7 @@ def floating_marginal(
 
 
 def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    """The array, broadcast to the shape that the other arguments require."""
+    """An argument, broadcast to the shape that the other arguments give it."""
     try:
         fits = jnp.broadcast_shapes(x.shape, shape) == tuple(shape)
     except ValueError:

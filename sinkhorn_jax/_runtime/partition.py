@@ -13,27 +13,20 @@ of consecutive heads "n". An array may have one in place of a size.
 """
 
 import concurrent.futures
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    Sharding,
-)
-from jaxtyping import Array, Shaped
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from .arguments import are_known, has_traced_checks
+from .explicit_axes import padded
+from .prime_mesh import prime_mesh
 
 
 def by_part(
@@ -106,7 +99,7 @@ def by_typed_part(
             "Check the program on one device, or on a mesh whose axes are Auto."
         )
     inputs = _axes(names, operands)
-    specs = [_padded(x.sharding.spec, x.ndim) for x in types]
+    specs = [padded(x.sharding.spec, x.ndim) for x in types]
     for axes, spec in zip(inputs, specs, strict=True):
         for name, axis in zip(axes.names, spec, strict=True):
             if name is None and axis is not None:
@@ -154,7 +147,7 @@ class Axes(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Which axes of a function's operands and results can be divided over devices."""
+    """The axes of a function's operands and results that devices can divide."""
 
     inputs: list[Axes]
     outputs: list[Axes]
@@ -271,7 +264,7 @@ def _partitioned(fn, division):
     """The function as an operation that the partitioner knows how to divide."""
 
     def partition(_, arg_shapes, result_shape):
-        mesh, specs = _named([(x.sharding, x.shape) for x in arg_shapes])
+        mesh, specs = prime_mesh([(x.sharding, x.shape) for x in arg_shapes])
         divided = division.over(mesh, specs)
 
         def of_parts(*parts):
@@ -300,87 +293,12 @@ def _partitioned(fn, division):
     return call
 
 
-def _named(
-    arrays: Iterable[tuple[Sharding, tuple[int, ...]]],
-) -> tuple[Mesh, list[tuple[Any, ...]]]:
-    """A mesh of all devices, and how its axes divide each array; None for undivided.
-
-    The partitioner may split an axis of the user's mesh, so that no axis divides an
-    array any more: a batch over 8 devices becomes 2 x 4 where it is reshaped so. The
-    axes of this mesh cannot be split: their sizes are the primes in the number of
-    devices.
-    """
-    places = [_places(*array) for array in arrays]
-    devices = np.asarray(list(places[0]))
-    indices = [np.stack(list(place.values()), axis=-1) for place in places]
-    factors = _primes(len(devices))
-    for sizes in sorted(set(itertools.permutations(factors))):
-        specs = [_spec_of(x.reshape(-1, *sizes)) for x in indices]
-        if all(spec is not None for spec in specs):
-            break
-    else:  # Each array on every device.
-        sizes, specs = factors, [(None,) * len(x) for x in indices]
-    names = [f"axis_{i}" for i in range(len(sizes))]
-    named = [
-        tuple(
-            None if not axes else tuple(names[i] for i in axes) for axes in spec or ()
-        )
-        for spec in specs
-    ]
-    return Mesh(devices.reshape(sizes), names), named
-
-
-def _places(sharding, shape):
-    """Which part of each axis of an array a device has, by device."""
-    parts = sharding.devices_indices_map(shape)
-    starts = [[index.start or 0 for index in part] for part in parts.values()]
-    columns = np.asarray(starts, int).reshape(len(parts), len(shape)).T
-    ranks = [np.unique(column, return_inverse=True)[1] for column in columns]
-    ranks = np.asarray(ranks, int).reshape(len(shape), len(parts)).T
-    return dict(zip(parts, ranks, strict=True))
-
-
-def _spec_of(places: np.ndarray) -> tuple[tuple[int, ...], ...] | None:
-    """The axes of a mesh that divide each axis of an array, the slowest first.
-
-    `places` [axes of the array, *sizes of the mesh] says which part of each axis a
-    device has. None where it is not divided by whole axes of the mesh.
-    """
-    spec = []
-    for place in places:
-        steps = {}
-        for i, size in enumerate(place.shape):
-            at = [0] * place.ndim
-            at[i] = 1
-            if size > 1 and place[tuple(at)]:
-                steps[i] = int(place[tuple(at)])
-        grid = np.indices(place.shape)
-        made_of = sum(
-            (step * grid[i] for i, step in steps.items()), np.zeros_like(place)
-        )
-        axes = sorted(steps, key=lambda i: -steps[i])
-        num_parts = math.prod(place.shape[i] for i in axes)
-        if (made_of != place).any() or num_parts != place.max() + 1:
-            return None
-        spec.append(tuple(axes))
-    return tuple(spec)
-
-
-def _primes(number: int) -> list[int]:
-    factors = []
-    for factor in range(2, number + 1):
-        while number % factor == 0:
-            factors.append(factor)
-            number //= factor
-    return factors
-
-
 def _axes(names, tree) -> list[Axes]:
     """The axes of each array of a tree, from a prefix of strings."""
     found = []
 
     def add(text, x):
-        parsed = _padded(_parsed(text), x.ndim)
+        parsed = padded(_parsed(text), x.ndim)
         found.append(Axes(parsed, x.shape))
 
     def add_all(text, part):
@@ -401,50 +319,8 @@ def _spec(
     return PartitionSpec(*(divided.get(name or "") or None for name in names))
 
 
-def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
-    """With None for the axes that it does not reach."""
-    return (*spec, *[None] * ndim)[:ndim]
-
-
 def _is_key(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def like(
-    x: Array, other: Array, axes: tuple[int, ...] | None = None
-) -> Shaped[Array, "..."]:
-    """`x`, divided like the last of these axes of `other` where axes are Explicit.
-
-    An axis of size 1 stays whole. Without this, an operation on both is an error where
-    they are divided differently.
-    """
-    sharding = jax.typeof(other).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return x
-    spec, shape = _padded(sharding.spec, other.ndim), other.shape
-    if axes is not None:
-        spec, shape = [spec[i] for i in axes], [shape[i] for i in axes]
-    first = len(spec) - x.ndim
-    pairs = zip(x.shape, shape[first:], spec[first:], strict=True)
-    wanted = [axis if size == length else None for size, length, axis in pairs]
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*wanted)))
-
-
-def merge_axes(x: Array, num_axes: int) -> Shaped[Array, "..."]:
-    """`x` with its first axes as one.
-
-    Where axes of the mesh are Explicit, no axis behind a whole one stays divided: the
-    one axis could not be.
-    """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        spec = list(_padded(sharding.spec, x.ndim))
-        sizes = enumerate(x.shape[:num_axes])
-        whole = [i for i, size in sizes if spec[i] is None and size != 1]
-        if whole:
-            spec[whole[0] : num_axes] = [None] * (num_axes - whole[0])
-        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-    return x.reshape(-1, *x.shape[num_axes:])
 
 
 def _has_partitioner() -> bool:

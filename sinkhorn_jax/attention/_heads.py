@@ -192,7 +192,7 @@ class Heads:
         return Marginals(a, b, tau)
 
     def given_marginals(self, cotangents: Marginals) -> tuple[Array | None, ...]:
-        """The cotangents of those marginals that are operands; None for the others."""
+        """Cotangents of a, b and tau, with None for those that are no operands."""
         o = self._operands
         given = o.row_marginal, o.col_marginal, o.tau
         return tuple(

@@ -22,7 +22,7 @@ from ._validate import check_arrays
 
 
 class Parts(NamedTuple):
-    """What a call was given on one device."""
+    """The arguments of a call on one device, which has a part of the tokens."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
@@ -100,7 +100,7 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
         return jax.lax.dynamic_slice_in_dim(x, index * part, part, head_axis)
 
     def of_logits(x):
-        """Of an array that broadcasts to (B, N, t, S)."""
+        """A bias or mask of this device's heads, from one that has its queries."""
         if x is None:
             return None
         x = jnp.asarray(x)

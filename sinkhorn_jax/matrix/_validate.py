@@ -20,7 +20,7 @@ from .._core.marginals import (
 )
 from .._core.options import Options
 from .._core.precision import accum_dtype
-from .._runtime.partition import like
+from .._runtime.explicit_axes import like
 from ._problem import Matrices, Problem
 
 NAMES: Final = Names("row_marginal", "col_marginal")

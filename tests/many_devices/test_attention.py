@@ -191,7 +191,7 @@ def test_a_bias_may_be_divided_otherwise(kind, spec):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("implementation", ["streaming", "scaling"])
 def test_other_transforms_are_right(implementation):
-    """Of arrays that are divided and of arrays that are not."""
+    """`vmap`, `remat` and `export` agree, whether the arrays are divided or not."""
     operands = inputs(b=B, t=3, s=4, n=2, k=2)
     divided = divide(make_mesh({"x": 8}), ("x",), operands)
 

@@ -101,7 +101,7 @@ def test_parts_that_no_axis_of_the_mesh_makes(implementation):
 
 
 def test_arguments_that_are_divided_otherwise():
-    """Where axes are Explicit, an operation of JAX on both would be an error."""
+    """`sinkhorn` takes Explicit axes that JAX's own operations would not combine."""
     logits = random(0, SHAPE)
     arguments = {
         "where": random(1, SHAPE) > -1.5,

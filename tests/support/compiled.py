@@ -1,4 +1,4 @@
-"""What a compiled program does: its products, exponentials and collectives.
+"""Counts the products, exponentials and collectives of a compiled program.
 
 Read from its text, where a loop's body counts as often as it runs. XLA's own cost
 analysis counts it once.

@@ -44,7 +44,7 @@ from .blocks import MAX_HEAD_DIM, MAX_ITERS, Blocks, padded_dim
 from .heuristics import default_blocks
 from .types import PaddedOperands
 
-# Of valid rows and columns, and of queries, keys and values: see `_runtime.partition`.
+# The axes of valid rows and columns, queries, keys and values (`_runtime.partition`).
 _AXES: Final = ("b", "b", AXES[:3])
 
 
@@ -59,7 +59,7 @@ def attend(
 def attend_in(
     problem: Problem, blocks: Blocks, operands: Operands
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B N"] | None]:
-    """As `attend`, with blocks that need not be the default ones."""
+    """Output and, on request, marginal error, computed in the given blocks."""
     operands = scale_queries(problem, vary_alike(operands))
     rows = _valid(problem.batch, problem.t, operands.query_valid)
     cols = _valid(problem.batch, problem.s, operands.key_valid)

@@ -38,7 +38,7 @@ from .backward import backward
 from .blocks import check_fits, default_blocks
 from .forward import forward
 
-# Of the lengths, and of queries, keys and values: see `_runtime.partition`.
+# The axes of lengths and of queries, keys and values, as in `_runtime.partition`.
 _AXES: Final = ("b", AXES[:3])
 
 

@@ -69,7 +69,7 @@ def choose_layout(problem: Problem) -> Layout:
 
 
 def visible_keys(problem: Problem, rows: int) -> int:
-    """How many consecutive keys a block of so many queries needs."""
+    """The number J of consecutive keys that a block of `rows` queries sees."""
     if problem.window is None or not are_known(problem.s, rows):
         return problem.s
     return min(problem.s, rows + problem.window.left + problem.window.right)

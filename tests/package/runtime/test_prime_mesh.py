@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkhorn_jax._runtime.partition import _primes, _spec_of
+from sinkhorn_jax._runtime.prime_mesh import primes, spec_of
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from sinkhorn_jax._runtime.partition import _primes, _spec_of
     ],
 )
 def test_spec_of(places, spec):
-    assert _spec_of(places) == spec
+    assert spec_of(places) == spec
 
 
 def test_primes():
-    assert [_primes(n) for n in (1, 2, 8, 12)] == [[], [2], [2, 2, 2], [2, 2, 3]]
+    assert [primes(n) for n in (1, 2, 8, 12)] == [[], [2], [2, 2, 2], [2, 2, 3]]
