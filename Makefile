@@ -57,7 +57,7 @@ test: $(INSTALLED)
 check-results: $(INSTALLED)
 	$(BIN)/python -m pytest tests/results
 
-# With XLA's default loops; tests/conftest.py says which ones `make test` uses.
+# With XLA's default loops; tests/support/xla_flags.py says which ones `make test` uses.
 test-all: $(PEERS)
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest
 

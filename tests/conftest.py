@@ -1,31 +1,25 @@
 """Runs every test under jaxtyping's checks and JAX's strictest promotion rules."""
 
-import importlib.metadata
+import gc
 import importlib.util
 import os
 from contextlib import nullcontext
-
-# Most of the suite's time is compilation. The first flag lowers LLVM's effort; the
-# other chooses an older way to emit loops, which compiles in half the time. XLA's graph
-# stays the same. Later versions may lack it, and XLA aborts at a flag that it does not
-# know. Set XLA_FLAGS, for instance to nothing, to test fully optimised code.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * importlib.metadata.version("jaxlib").startswith("0.10."),
-)
-# Several test processes share the memory of a GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# The warpgroups of an interpreted GPU kernel wait for each other, each in a thread of
-# XLA's pool. With one thread per core, the default, two cores would wait forever.
-os.environ.setdefault("NPROC", "8")
 
 import jax
 import jaxtyping
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from support.xla_flags import compile_quickly
 
+# Set XLA_FLAGS, for instance to nothing, to test fully optimised code.
+compile_quickly()
+# JAX makes millions of small objects as it traces, and few of them in cycles.
+gc.set_threshold(200_000, 20, 100)
+# Several test processes share the memory of a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The warpgroups of an interpreted GPU kernel wait for each other, each in a thread of
+# XLA's pool. With one thread per core, the default, two cores would wait forever.
+os.environ.setdefault("NPROC", "8")
 # Checks shapes and dtypes at each call of every annotated function of the package.
 # beartype may be missing where nothing can be installed.
 CHECKS_SHAPES = importlib.util.find_spec("beartype") is not None

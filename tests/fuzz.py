@@ -7,6 +7,7 @@ ends with status 1.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from support import random_attention, random_matrices
 from support.properties import check_many
+from support.xla_flags import compile_quickly
 
 NETS = (random_matrices, random_attention)
 
@@ -27,14 +29,17 @@ def main():
     default = pathlib.Path("runs") / "fuzz.json"
     parser.add_argument("--output", type=pathlib.Path, default=default)
     options = parser.parse_args()
+    # Set XLA_FLAGS, for instance to nothing, to check fully optimised code.
+    compile_quickly()
     jax.config.update("jax_enable_x64", True)
     programs = [program for net in NETS for program in net.every_program()]
     each = -(-options.examples // len(programs))
     about = {"seed": options.seed, "examples": each, "jax": jax.__version__}
+    about["xla_flags"] = os.environ["XLA_FLAGS"]
     done = about | {"worst": {}}
     if options.output.exists():
         before = json.loads(options.output.read_text())
-        if {name: before[name] for name in about} == about:
+        if {name: before.get(name) for name in about} == about:
             done = before
     options.output.parent.mkdir(parents=True, exist_ok=True)
     has_failed = False

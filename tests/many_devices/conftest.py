@@ -2,6 +2,7 @@
 
 import os
 
-DEVICES = "--xla_force_host_platform_device_count=8"
+from support.xla_flags import EIGHT_DEVICES
 
-collect_ignore_glob = [] if DEVICES in os.environ.get("XLA_FLAGS", "") else ["test_*"]
+FLAGS = os.environ.get("XLA_FLAGS", "")
+collect_ignore_glob = [] if EIGHT_DEVICES in FLAGS else ["test_*"]

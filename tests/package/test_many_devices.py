@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from support.xla_flags import EIGHT_DEVICES
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((TESTS / "many_devices").glob("test_*.py"))
@@ -13,8 +14,8 @@ FILES = sorted((TESTS / "many_devices").glob("test_*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_eight_devices(file, request):
-    devices = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"}
+    flags = f"{os.environ['XLA_FLAGS']} {EIGHT_DEVICES}"
+    environment = os.environ | {"XLA_FLAGS": flags}
     chosen = ["-m", request.config.option.markexpr]
     command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider"]
     ran = subprocess.run(
