@@ -1,4 +1,6 @@
 # `make demo` runs the main experiment and `make report` writes all findings on one page.
+# `make docs` writes the documentation site to runs/site, in an environment of its own;
+# `make docs-serve` shows it in a browser and follows changes.
 # `make test` runs everything that must pass; `make check-results` compares the committed
 # results, figures and pages with each other. They create .venv on first use.
 #
@@ -24,6 +26,7 @@ INSTALLED := .venv/installed
 PEERS := .venv/installed-peers
 LIBTPU := .venv/libtpu
 COMPILER := .venv/cuda
+DOCS := .venv-docs
 NEWEST := .venv-newest
 NEWEST_PYTHON = $(firstword $(foreach v,14 13 12 11,$(shell \
     python3.$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)))
@@ -34,7 +37,7 @@ GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
 .PHONY: demo report test check-results test-all fuzz mutation benchmark clean
-.PHONY: test-wheel test-newest
+.PHONY: test-wheel test-newest docs docs-serve
 .PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # Programs that share a device must not run at the same time.
@@ -78,6 +81,13 @@ test-newest:
 	$(NEWEST)/bin/python -m pip list | grep -i -E '^(jax|jaxlib|flax|numpy) '
 	$(NEWEST)/bin/python -m pytest -m "not slow" --ignore=tests/results -W default
 
+# Warnings are errors.
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
+docs-serve: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
+
 # 20,000 random problems; goes on where it was stopped.
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py
@@ -119,11 +129,16 @@ needs-gpu:
 	    echo 'make gpu needs an NVIDIA GPU, and this machine has none.' >&2; exit 1; }
 
 clean:
-	rm -rf .venv $(NEWEST)
+	rm -rf .venv $(NEWEST) $(DOCS)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,experiments,benchmarks]'
+	touch $@
+
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 # Outside the environment, because JAX looks for a TPU wherever it finds libtpu.

@@ -140,6 +140,6 @@ def in_terms_of_the_call(
             raise
         raise NotImplementedError(
             f"implementation={name!r} cannot run here: {reason}. Use "
-            "implementation=None, which takes one that can. docs/usage.md says how to "
-            "lower a kernel without its device."
+            "implementation=None, which takes one that can. docs/choosing.md says how "
+            "to lower a kernel without its device."
         ) from error

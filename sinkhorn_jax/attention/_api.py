@@ -267,7 +267,7 @@ def sinkhorn_attention(
         "mosaic_tpu": Pallas kernels for TPUs, compiled for them but not measured on
             one; only taken by name. Takes float32 and bfloat16, and otherwise what
             "mosaic_gpu" takes. Reverse mode only. To lower or export it without a TPU,
-            name one as in docs/usage.md.
+            name one as in docs/choosing.md.
 
     Returns:
         The attended values in the query's dtype; potentials and sums are kept in
@@ -293,7 +293,7 @@ def sinkhorn_attention(
     `return_residual` of `jax.nn.dot_product_attention` is not offered.
 
     Batch and heads may be divided over devices: each device computes its own. Tokens
-    and features may not. docs/usage.md has examples and limits.
+    and features may not. docs/many-devices.md has examples and limits.
 
     Reference:
         Sander et al., Sinkformers, 2022. https://arxiv.org/abs/2110.11773

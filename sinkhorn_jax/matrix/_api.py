@@ -88,8 +88,8 @@ def sinkhorn(
         finish: "rows", or "columns" to leave out the last row step: then the columns
             are exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings. The second
-            derivatives of `Truncated` differ between implementations: docs/usage.md
-            says how.
+            derivatives of `Truncated` differ between implementations:
+            docs/choosing.md says how.
         tolerance: The marginal error at which a matrix stops, as in
             `sinkhorn_potentials`, which also tells how far it came. None runs all
             iterations.

@@ -99,7 +99,7 @@ def test_scan_over_layers(implementation):
     ],
 )
 def test_second_derivatives(implementation):
-    """Of `Exact` by every way, and of `Truncated` as docs/usage.md says."""
+    """Of `Exact` by every way, and of `Truncated` as docs/choosing.md says."""
     query, key, value = (x[:1] for x in inputs(t=3, s=4, n=1, k=1))
 
     def gradient(query, **options):

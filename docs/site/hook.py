@@ -1,0 +1,99 @@
+"""Steps of the site's build: pages outside docs/, links to them, and equations.
+
+Pages in docs/ link to committed files beside that folder, as GitHub resolves links. The
+site takes in every page and picture that is linked so, under its path in the repository.
+"""
+
+import html
+import os
+import pathlib
+import posixpath
+import re
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).parents[2]
+LINK = re.compile(r'(\]\(|src=")([^)\s"#]+)')
+TAG = re.compile(r"\\tag\{(\w+)\}")
+EQUATION = re.compile(
+    r'<(?P<box>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=box)>',
+    re.DOTALL,
+)
+# Pages of the repository that only the navigation names.
+ALSO = ("CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def on_files(files, config):
+    """Adds what pages link to outside docs/, and what is linked from there."""
+    known = {path_of(file): file for file in files}
+    waiting = [path for path in known if path.endswith(".md")]
+    for path in ALSO:
+        known[path] = added(files, config, path)
+        waiting.append(path)
+    while waiting:
+        page = waiting.pop()
+        for target in linked(page, (ROOT / page).read_text(encoding="utf-8")).values():
+            # README.md is what the home page is on the site.
+            if target in known or target == "README.md":
+                continue
+            if (ROOT / target).is_file():
+                known[target] = added(files, config, target)
+                waiting += [target] if target.endswith(".md") else []
+    return files
+
+
+def added(files, config, path):
+    """The file of the repository, which becomes one of the site."""
+    file = File.generated(config, path, abs_src_path=str(ROOT / path))
+    files.append(file)
+    return file
+
+
+def path_of(file):
+    """The path in the repository of a file of the site."""
+    return os.path.relpath(file.abs_src_path, ROOT)
+
+
+def linked(page, text):
+    """The paths that a page links to, by the text of the link."""
+    links = {link for _, link in LINK.findall(text) if not link.startswith("http")}
+    folder = posixpath.dirname(page)
+    return {link: posixpath.normpath(posixpath.join(folder, link)) for link in links}
+
+
+def on_page_markdown(markdown, page, config, files):
+    """The page with links as they are on the site."""
+    path = path_of(page.file)
+    targets = linked(path, markdown)
+    sources = {path_of(file): file.src_uri for file in files if file.abs_src_path}
+    sources["README.md"] = "index.md"
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def replaced(match):
+        before, link = match.groups()
+        source = sources.get(targets.get(link))
+        return match[0] if source is None else before + posixpath.relpath(source, folder)
+
+    markdown = re.sub(LINK, replaced, markdown)
+    for link, target in targets.items():
+        if (ROOT / target).is_dir():  # The site has no page for a folder.
+            markdown = re.sub(rf"\[([^\]]+)\]\({re.escape(link)}\)", r"\1", markdown)
+    return markdown
+
+
+def on_page_content(content, page, config, files):
+    """The page with MathML in the place of TeX, so that it needs no script."""
+    return EQUATION.sub(mathml, content)
+
+
+def mathml(match):
+    """An equation as MathML, with its number beside it."""
+    tex = html.unescape(match["tex"]).replace(r"\mathrel{-}=", r"\;{-}{=}\;")
+    is_block = match["box"] == "div"
+    number = TAG.search(tex)
+    made = convert(TAG.sub("", tex), display="block" if is_block else "inline")
+    if not is_block:
+        return made
+    beside = f'<span class="number">({number[1]})</span>' if number else ""
+    return f'<div class="equation">{made}{beside}</div>'
