@@ -98,7 +98,13 @@ def table(name):
         for each, reason in said.items():
             if reason is not None:
                 reasons.setdefault((label, reason), []).append(f"`{each}`")
-    lines += ["", "What the errors say:", "", "| | | reason |", "|---|---|---|"]
+    lines += [
+        "",
+        "What the errors say:",
+        "",
+        "| call | implementations | reason |",
+        "|---|---|---|",
+    ]
     for (label, reason), refusing in reasons.items():
         lines.append(f"| {label} | {', '.join(refusing)} | {reason} |")
     return "\n".join(lines) + "\n"

@@ -8,8 +8,6 @@ from typing import Any, Final
 import matplotlib.pyplot as plt
 import numpy as np
 
-
-
 from . import style
 
 ROOT: Final = pathlib.Path(__file__).parents[2]

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import style
 
+MINUS: Final = "\N{MINUS SIGN}"
 # A column that lies far below the maximum of every row.
 LOGITS: Final = np.array(
     [[2.0, 5.0, -198.0, 1.0], [7.0, 3.0, -195.0, 4.0], [0.0, 2.0, -199.0, 3.0]]
@@ -38,17 +39,23 @@ def shift() -> plt.Figure:
     kernel = np.exp(shifted.astype("float32"))
     none = np.zeros_like(LOGITS, dtype=bool)
     figure, axes = plt.subplots(3, 2, figsize=(style.WIDTH, 5.6))
-    whole = lambda x: f"{x:.0f}".replace("-", "−")
+    whole = lambda x: f"{x:.0f}".replace("-", MINUS)
     short = lambda x: "0" if x == 0 else "1" if x == 1 else f"{x:.1g}".lstrip("0")
     _numbers(axes[0, 0], "logits Z", LOGITS, none, whole)
-    _numbers(axes[1, 0], "Z − m: a 0 in each row", rows, rows == 0, whole)
+    _numbers(axes[1, 0], f"Z {MINUS} m: a 0 in each row", rows, rows == 0, whole)
     _numbers(axes[1, 1], "its exp: a column is lost", lost, lost == 1, short)
-    _numbers(axes[2, 0], "Z − m − n: in columns too", shifted, shifted == 0, whole)
+    _numbers(
+        axes[2, 0],
+        f"Z {MINUS} m {MINUS} n: in columns too",
+        shifted,
+        shifted == 0,
+        whole,
+    )
     _numbers(axes[2, 1], "E, its exp: all have a 1", kernel, kernel == 1, short)
     axes[0, 1].axis("off")
     note = (
         f"m, row maxima: {', '.join(map(whole, m[:, 0]))}\n\n"
-        f"n, column maxima\nof Z − m: {', '.join(map(whole, n[0]))}"
+        f"n, column maxima\nof Z {MINUS} m: {', '.join(map(whole, n[0]))}"
     )
     axes[0, 1].text(0.02, 0.5, note, va="center", transform=axes[0, 1].transAxes)
     return figure
@@ -127,7 +134,9 @@ def streaming() -> plt.Figure:
         va="top",
         color=style.ORANGE,
     )
-    axis.text(5.4, 2.0, "1  logits + g\n2  row step: f\n3  add column\n    sums", va="center")
+    axis.text(
+        5.4, 2.0, "1  logits + g\n2  row step: f\n3  add column\n    sums", va="center"
+    )
     axis.text(5.4, 3.9, "S keys wide,\nT queries high", va="top", color=style.SOFT)
     axis.set(xlim=(0.2, 7.4), ylim=(-1.1, 5.0))
     axis.axis("off")

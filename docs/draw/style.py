@@ -1,4 +1,4 @@
-"""The style of all pictures: white, labelled where the thing is, and without a legend."""
+"""The style of all pictures: white, with labels where things are and no legends."""
 
 import pathlib
 from typing import Final

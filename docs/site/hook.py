@@ -1,7 +1,7 @@
 """Steps of the site's build: pages outside docs/, links to them, and equations.
 
 Pages in docs/ link to committed files beside that folder, as GitHub resolves links. The
-site takes in every page and picture that is linked so, under its path in the repository.
+site takes in every file that is linked so, under its path in the repository.
 """
 
 import html
@@ -20,6 +20,8 @@ EQUATION = re.compile(
     r'<(?P<box>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=box)>',
     re.DOTALL,
 )
+# The name of a function before a letter, which needs a space between them.
+FUNCTION = re.compile(r"(<mi>(?:exp|log)</mi>)(?=<mi>|<msub>)")
 # Pages of the repository that only the navigation names.
 ALSO = ("CONTRIBUTING.md", "CHANGELOG.md")
 
@@ -73,7 +75,9 @@ def on_page_markdown(markdown, page, config, files):
     def replaced(match):
         before, link = match.groups()
         source = sources.get(targets.get(link))
-        return match[0] if source is None else before + posixpath.relpath(source, folder)
+        return (
+            match[0] if source is None else before + posixpath.relpath(source, folder)
+        )
 
     markdown = re.sub(LINK, replaced, markdown)
     for link, target in targets.items():
@@ -92,8 +96,13 @@ def mathml(match):
     tex = html.unescape(match["tex"]).replace(r"\mathrel{-}=", r"\;{-}{=}\;")
     is_block = match["box"] == "div"
     number = TAG.search(tex)
-    made = convert(TAG.sub("", tex), display="block" if is_block else "inline")
+    made = FUNCTION.sub(
+        r"\1<mspace width='0.17em'/>",
+        convert(TAG.sub("", tex), display="block" if is_block else "inline"),
+    )
     if not is_block:
-        return made
+        # A long one scrolls by itself, like a block; a baseline matters less there.
+        is_long = len(tex) > 45
+        return f'<span class="formula">{made}</span>' if is_long else made
     beside = f'<span class="number">({number[1]})</span>' if number else ""
     return f'<div class="equation">{made}{beside}</div>'

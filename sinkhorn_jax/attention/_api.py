@@ -248,26 +248,24 @@ def sinkhorn_attention(
         return_marginal_error: Also return how far the other marginal is from exact.
 
     Implementations:
-        "scaling": Allocates a few (T, S) arrays for each head in flight. The fastest
-            for num_iters of 1 or more, measured on CPUs only. Takes every argument.
-            Reverse mode only, any number of times: `jax.jacrev(jax.grad(f))` is the
-            exact Hessian.
-        "streaming": Holds nothing of size (T, S), forward or backward, unless `bias` or
-            `mask` has that size itself (then the gradient of the bias has it too).
-            Takes `Exact` and `Truncated`, and no tolerance. Reverse mode only,
-            likewise.
-        "reference": Plain JAX on all logits at once. Takes every argument and every
-            transform; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) needs it.
-        "mosaic_gpu": Pallas kernels for NVIDIA's Hopper GPUs, compiled for them but not
-            run on one; only taken by name. Holds T S / 64 numbers for each head. Takes
-            bfloat16 and float16, H and D up to 128, up to 64 iterations,
-            `Exact`, finish="rows" and sequence lengths, but no bias, mask, segments,
-            window, dropout, marginals, `column_tau` below 1 or tolerance. Reverse mode
-            only.
-        "mosaic_tpu": Pallas kernels for TPUs, compiled for them but not measured on
-            one; only taken by name. Takes float32 and bfloat16, and otherwise what
-            "mosaic_gpu" takes. Reverse mode only. To lower or export it without a TPU,
-            name one as in docs/choosing.md.
+        - "scaling": Allocates a few (T, S) arrays for each head in flight. The fastest
+          for num_iters of 1 or more, measured on CPUs only. Takes every argument.
+          Reverse mode only, any number of times: `jax.jacrev(jax.grad(f))` is the exact
+          Hessian.
+        - "streaming": Holds nothing of size (T, S), forward or backward, unless `bias`
+          or `mask` has that size itself (then the gradient of the bias has it too).
+          Takes `Exact` and `Truncated`, and no tolerance. Reverse mode only, likewise.
+        - "reference": Plain JAX on all logits at once. Takes every argument and every
+          transform; forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) needs it.
+        - "mosaic_gpu": Pallas kernels for NVIDIA's Hopper GPUs, compiled for them but
+          not run on one; only taken by name. Holds T S / 64 numbers for each head.
+          Takes bfloat16 and float16, H and D up to 128, up to 64 iterations, `Exact`,
+          finish="rows" and sequence lengths, but no bias, mask, segments, window,
+          dropout, marginals, `column_tau` below 1 or tolerance. Reverse mode only.
+        - "mosaic_tpu": Pallas kernels for TPUs, compiled for them but not measured on
+          one; only taken by name. Takes float32 and bfloat16, any H, D and number of
+          iterations, and otherwise what "mosaic_gpu" takes. Reverse mode only. To lower
+          or export it without a TPU, name one as in docs/choosing.md.
 
     Returns:
         The attended values in the query's dtype; potentials and sums are kept in

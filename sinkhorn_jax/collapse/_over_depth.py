@@ -14,12 +14,19 @@ from ._measures import Norm, attention_entropy, relative_residual, token_measure
 
 
 class Measures(NamedTuple):
-    """All measures of all layers, with the layers on the first axis. A pytree."""
+    """All measures of all layers, with the layers on the first axis. A pytree.
 
-    relative_residual: dict[Norm, Float[Array, " L *B"]]  # By norm.
+    Attributes:
+        relative_residual: By the name of the norm.
+        stable_rank: As `stable_rank` of each layer.
+        effective_rank: As `effective_rank` of each layer.
+        attention_entropy: As `attention_entropy` of each plan; None without plans.
+    """
+
+    relative_residual: dict[Norm, Float[Array, " L *B"]]
     stable_rank: Float[Array, " L *B"]
     effective_rank: Float[Array, " L *B"]
-    attention_entropy: Float[Array, " K *P"] | None  # None without plans.
+    attention_entropy: Float[Array, " K *P"] | None
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))

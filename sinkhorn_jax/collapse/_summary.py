@@ -24,16 +24,27 @@ EXACT: Final = 1e-3
 
 
 class Summary(NamedTuple):
-    """Measures by layer, over a batch and all heads. A pytree."""
+    """Measures by layer, over a batch and all heads. A pytree.
 
-    relative_residual: Float[Array, " L"]  # In the Frobenius norm; median.
-    stable_rank: Float[Array, " L"]  # Median.
-    effective_rank: Float[Array, " L"]  # Median.
-    attention_entropy: Float[Array, " K"] | None  # Over that of uniform; mean.
-    column_defect: Float[Array, " K"] | None  # Mean.
-    path_residual: Float[Array, " K"] | None  # Median; None unless T = S.
-    fewest_tokens: Int[Array, ""]  # The smallest number that counts in one element.
-    floor: Float[Array, ""]  # A relative residual below this is rounding.
+    Attributes:
+        relative_residual: In the Frobenius norm; median.
+        stable_rank: Median.
+        effective_rank: Median.
+        attention_entropy: Over that of uniform attention; mean. None without plans.
+        column_defect: Mean. None without plans.
+        path_residual: Median. None without plans, and unless T = S.
+        fewest_tokens: The smallest number of tokens that count in one element.
+        floor: A relative residual below this is rounding.
+    """
+
+    relative_residual: Float[Array, " L"]
+    stable_rank: Float[Array, " L"]
+    effective_rank: Float[Array, " L"]
+    attention_entropy: Float[Array, " K"] | None
+    column_defect: Float[Array, " K"] | None
+    path_residual: Float[Array, " K"] | None
+    fewest_tokens: Int[Array, ""]
+    floor: Float[Array, ""]
 
     def warnings(self) -> list[str]:
         """Sentences on numbers that mean nothing here; not under `jit` or `vmap`."""

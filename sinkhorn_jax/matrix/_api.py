@@ -173,8 +173,8 @@ def sinkhorn_potentials(
         implementation: As in `sinkhorn`.
 
     Returns:
-        `Potentials`: f (..., T), g (..., S), marginal_error (...) and num_iters (...),
-        in float32, or in float64 for float64 logits.
+        `Potentials` with f (..., T), g (..., S), marginal_error (...) and num_iters
+        (...), in float32, or in float64 for float64 logits.
 
     Raises:
         TypeError: As for `sinkhorn`.

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
 HTML_IMAGE = re.compile(r'src="([^"]+)"')
@@ -21,7 +21,9 @@ PATH = re.compile(rf"`({FOLDERS}|{MODULE})`|class=\"file\"[^>]*>({MODULE})<")
 def anchors(page):
     """The fragments of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings}
+    names = {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings}
+    # In the reference, what is named so gets the anchor from its full name.
+    return names | set(re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -166,7 +166,8 @@ def test_forward_mode_names_the_implementation_that_has_it(implementation):
 @pytest.mark.parametrize("name", [x for x in IMPLEMENTATIONS if x not in PLAIN])
 def test_kernels_on_a_cpu_say_what_they_are_for(name):
     operands = inputs("bfloat16")
-    says = rf"{name}.*for a {name[-3:].upper()}, and JAX computes on a CPU.*choosing\.md"
+    platform = name[-3:].upper()
+    says = rf"{name}.*for a {platform}, and JAX computes on a CPU.*choosing\.md"
     with pytest.raises(NotImplementedError, match=says):
         sinkhorn_attention(*operands, implementation=name)
 

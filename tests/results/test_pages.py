@@ -1,0 +1,69 @@
+"""Whether the pages of the documentation quote the committed results."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+CONVERGENCE = ROOT / "experiments" / "results" / "convergence" / "convergence.json"
+
+
+def test_iterations_that_are_needed():
+    page = (DOCS / "choosing.md").read_text()
+    (rows,) = re.findall(r"<!-- defects:begin -->\n(.*?)<!--", page, re.DOTALL)
+    result = json.loads(CONVERGENCE.read_text())
+    cells = [x for x in result["cells"] if x["num_tokens"] == 256]
+    assert result["config"]["tolerance"] == 1e-3
+    expected = []
+    for cell in cells:
+        defect = dict(
+            zip(result["iterations"], np.median(cell["defect"], axis=0), strict=True)
+        )
+        needed = np.median(cell["needed"])
+        # Float64 has no smaller defect than this of columns near 1.
+        shown = ["0" if x < 1e-16 else f"{x:.0e}" for x in (defect[10], defect[50])]
+        expected.append([f"{cell['deviation']:g}", *shown, f"{np.ceil(needed):g}"])
+    found = [re.split(r" *\| *", line.strip("| ")) for line in rows.splitlines()[2:]]
+    assert found == expected
+
+
+def test_spread_and_defect_of_trained_encoders():
+    page = " ".join((DOCS / "choosing.md").read_text().split())
+    networks = json.loads(CONVERGENCE.read_text())["networks"]
+    trained = [x for x in networks if x["learning_rate"] is not None]
+    before = [x for x in networks if x["learning_rate"] is None]
+    spread = np.concatenate([x["deviation"] for x in trained])
+    first = np.concatenate([x["deviation"] for x in before]).mean()
+    worst = 100 * np.concatenate([x["worst_at_trained"] for x in trained])
+    assert f"about {first:.1f} before training" in page
+    assert f"between {spread.min():.1f} and {spread.max():.1f} after it" in page
+    assert f"between {worst.min():.2f} % and {worst.max():.0f} %" in page
+
+
+def test_times_of_the_home_page_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| \d", line)]
+    rows = [row for row in rows if row[1].strip() in ("96x197", "16x1024", "2x4096")]
+    default, torch = ([float(row[i].split("/")[1]) for row in rows] for i in (3, 5))
+    page = (DOCS / "index.md").read_text()
+    assert f"between {min(default):.2f} and {max(default):.2f} times" in page
+    assert f"takes {min(torch):.2f} to {max(torch):.2f} times" in page
+
+
+def test_scaling_is_the_fastest_of_this_package_in_every_row():
+    """As docs/choosing.md says, with 1 iteration or more."""
+    folder = ROOT / "benchmarks" / "results" / "cpu-intel-xeon-processor-2cores"
+    times = {}
+    for path in sorted(folder.glob("????-??-??.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            names = ("shape_btnh", "kv_len", "dtype", "num_iters", "mode")
+            case = str([row[name] for name in names])
+            if row["num_iters"]:
+                times.setdefault(case, {})[row["implementation"]] = row["median_ms"]
+    others = "streaming", "reference"
+    slower = [x[o] > x["scaling"] for x in times.values() for o in others if o in x]
+    assert slower
+    assert all(slower)
