@@ -20,6 +20,7 @@ EQUATION = re.compile(
     r'<(?P<box>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=box)>',
     re.DOTALL,
 )
+FIGURE = re.compile(r'(<img[^>]*src="([^"]+\.png)"[^>]*>)')
 # The name of a function before a letter, which needs a space between them.
 FUNCTION = re.compile(r"(<mi>(?:exp|log)</mi>)(?=<mi>|<msub>)")
 # Pages of the repository that only the navigation names.
@@ -87,7 +88,11 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """The page with MathML in the place of TeX, so that it needs no script."""
+    """The page with MathML in the place of TeX, so that it needs no script.
+
+    A figure of results is a link to itself, because it may be large.
+    """
+    content = FIGURE.sub(r'<a class="figure" href="\2">\1</a>', content)
     return EQUATION.sub(mathml, content)
 
 

@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 
+from docs.draw import curves, diagrams, plans
+
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 CONVERGENCE = ROOT / "experiments" / "results" / "convergence" / "convergence.json"
@@ -67,3 +69,18 @@ def test_scaling_is_the_fastest_of_this_package_in_every_row():
     slower = [x[o] > x["scaling"] for x in times.values() for o in others if o in x]
     assert slower
     assert all(slower)
+
+
+def test_every_picture_is_drawn_and_shown():
+    drawn = [*plans.PICTURES, *curves.PICTURES, *diagrams.PICTURES]
+    found = {path.stem for path in (DOCS / "pictures").iterdir()}
+    assert found == set(drawn)
+    pages = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    assert all(f"(pictures/{name}.svg)" in pages for name in drawn)
+
+
+def test_the_floor_in_a_picture_is_that_of_the_protocol():
+    assert (
+        f"{curves.FLOOR:.0e}".replace("e-07", "e-7")
+        in (DOCS / "protocol.md").read_text()
+    )
