@@ -26,6 +26,11 @@ def logits(num_tokens: int = 10) -> jax.Array:
     return 1.5 * entries + 1.2 * columns
 
 
+def rounded(plan: jax.Array) -> Plan:
+    """The plan without the digits that another run may change."""
+    return np.asarray(plan).round(5)
+
+
 def between(tau: float) -> str:
     """The colour on the way from softmax to Sinkhorn."""
     start, end = (np.array(to_rgb(x)) for x in (style.SOFTMAX, style.SINKHORN))
@@ -87,7 +92,7 @@ def panels(
     cells = figure.subfigures(rows, columns, squeeze=False).ravel()
     for cell, (title, (plan, color)) in zip(cells, drawn.items(), strict=False):
         where = (allowed or {}).get(title)
-        panel(cell, title, np.asarray(plan), color, allowed=where, **options)
+        panel(cell, title, rounded(plan), color, allowed=where, **options)
     return figure
 
 
@@ -104,7 +109,7 @@ def both() -> plt.Figure:
     for (bars, entries), (title, (plan, color)) in zip(
         axes.T, drawn.items(), strict=True
     ):
-        plan = np.asarray(plan)
+        plan = rounded(plan)
         bars.bar(np.arange(len(plan)) + 0.5, plan.sum(axis=0), color=color)
         bars.axhline(1, color="black", linewidth=0.8, linestyle=(0, (3, 2)))
         bars.set_title(title)
@@ -152,8 +157,7 @@ def masks() -> plt.Figure:
         "packed": segment[:, None] == segment[None],
         "window": abs(order[:, None] - order[None]) <= 2,
     }
-    both = np.ones(num_tokens).tolist()
-    marginal = jnp.asarray([2.0, *both[1:]]) * num_tokens / (num_tokens + 1)
+    marginal = jnp.ones(num_tokens).at[0].set(2.0) * num_tokens / (num_tokens + 1)
     options = {
         "no mask": {},
         "key marginal": {"col_marginal": marginal},

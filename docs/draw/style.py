@@ -1,9 +1,9 @@
 """The style of all pictures: white, with labels where things are and no legends."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Final
 
-import jax
 import matplotlib.pyplot as plt
 
 from experiments.figures.style import COLORS, GREY, NORMALISERS
@@ -16,25 +16,22 @@ BLUE, ORANGE, GREEN, PINK = COLORS[:4]
 EXCLUDED: Final = "#DDDDDD"
 SOFT: Final = GREY
 
-plt.rcParams.update(
-    {
-        "axes.labelsize": 12,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlesize": 12,
-        "figure.constrained_layout.use": True,
-        "font.size": 12,
-        "hatch.linewidth": 0.6,
-        "mathtext.fontset": "dejavusans",
-        # Pictures that did not change are the same file.
-        "svg.hashsalt": "sinkhorn_jax",
-    }
-)
-jax.config.update("jax_enable_x64", True)
+SETTINGS: Final = {
+    "axes.labelsize": 12,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 12,
+    "figure.constrained_layout.use": True,
+    "font.size": 12,
+    # The names inside a file are the same in every run.
+    "svg.hashsalt": "sinkhorn_jax",
+}
 
 
-def save(figure: plt.Figure, name: str) -> None:
-    """Writes a picture."""
+def save(draw: Callable[[], plt.Figure], name: str) -> None:
+    """Draws a picture and writes it."""
     FOLDER.mkdir(exist_ok=True)
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
+    with plt.rc_context(SETTINGS):
+        figure = draw()
+        figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)

@@ -71,6 +71,21 @@ def test_scaling_is_the_fastest_of_this_package_in_every_row():
     assert all(slower)
 
 
+def test_time_of_a_window():
+    folder = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-2cores" / "arguments"
+    (path,) = folder.glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    (row,) = (
+        row
+        for row in rows
+        if (row["implementation"], row["argument"]) == ("streaming", "window")
+        and (row["mode"], row["tokens"]) == ("forward_backward", 32768)
+    )
+    page = (DOCS / "masks.md").read_text()
+    assert row["window"] == 256
+    assert f"forward and backward take {row['ratio_to_plain']:.3f} of the time" in page
+
+
 def test_every_picture_is_drawn_and_shown():
     drawn = [*plans.PICTURES, *curves.PICTURES, *diagrams.PICTURES]
     found = {path.stem for path in (DOCS / "pictures").iterdir()}
