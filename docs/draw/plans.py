@@ -45,6 +45,7 @@ def panel(
     *,
     allowed: Bool[np.ndarray, "T S"] | None = None,
     highest: float = 2.0,
+    widest: float = 2.0,
     top: float = 1.0,
 ) -> None:
     """Draws a plan with its column sums above and its row sums to the right."""
@@ -66,7 +67,7 @@ def panel(
     beside.barh(np.arange(t) + 0.5, plan.sum(axis=1), color=color)
     ticks = [0, 1, 2] if highest < 4 else [0, 2, 4]
     above.set(ylim=(0, highest), yticks=ticks)
-    beside.set(xlim=(0, min(highest, 2.0)), xticks=[0, 1])
+    beside.set(xlim=(0, widest), xticks=[0, 1])
     line = {"color": "black", "linewidth": 0.8, "linestyle": (0, (3, 2))}
     above.axhline(1, **line)
     beside.axvline(1, **line)
@@ -86,7 +87,8 @@ def panels(
 ) -> plt.Figure:
     """A figure of plans, each in its colour."""
     highest = max(float(plan.sum(axis=-2).max()) for plan, _ in drawn.values())
-    options["highest"] = max(2.2, 1.08 * highest)
+    widest = max(float(plan.sum(axis=-1).max()) for plan, _ in drawn.values())
+    options |= {"highest": max(2.2, 1.08 * highest), "widest": max(2.0, 1.05 * widest)}
     rows = -(-len(drawn) // columns)
     figure = plt.figure(figsize=(style.WIDTH, height * rows))
     cells = figure.subfigures(rows, columns, squeeze=False).ravel()
