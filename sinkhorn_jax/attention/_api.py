@@ -15,6 +15,7 @@ from .._core.marginals import checked_tau
 from .._core.options import Finish, Options
 from .._core.precision import accum_dtype
 from .._runtime.arguments import as_array
+from .._runtime.collectives import own_part
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
 from .._runtime.partition import by_typed_part
 from ._marginals import complete_marginals, to_unit_marginals, with_given_marginals
@@ -34,7 +35,7 @@ from ._problem import (
     valid_rows_and_cols,
     zero_padding,
 )
-from ._sequence import Parts, over_sequence
+from ._sequence import Parts, SequenceStrategy, over_sequence
 from ._validate import (
     CAUSAL,
     WHY_WHOLE,
@@ -85,7 +86,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[False] = False,
@@ -102,7 +104,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[True],
@@ -119,7 +122,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None, return_marginal_error: bool,
 ) -> Array | tuple[Array, Array]: ...
@@ -145,6 +149,7 @@ def sinkhorn_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     sequence_axis: str | None = None,
+    sequence_strategy: SequenceStrategy = "auto",
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     tolerance: float | None = None,
@@ -235,8 +240,13 @@ def sinkhorn_attention(
             are divided: T and S are then numbers of this device's tokens, in `bias`,
             `mask`, marginals and segment ids as well, where S stays the whole in `bias`
             and `mask`. Lengths, window and positions are those of the whole sequence,
-            and are the same on all devices. The result is that of one device. Tokens
-            are exchanged for heads, so the devices must divide both N and K.
+            and are the same on all devices. The result is that of one device.
+        sequence_strategy: How the devices of `sequence_axis` work together. "ulysses":
+            they exchange tokens for heads, each attends for its part of the heads, and
+            so they must divide N and K. "mixed": each attends for its queries to all
+            keys, and the column sums are added up over devices in each iteration; that
+            is "streaming", without a window. "auto" is "ulysses" where devices divide
+            the heads, else "mixed".
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
@@ -318,12 +328,13 @@ def sinkhorn_attention(
         scale=scale,
         is_causal=is_causal,
         return_marginal_error=return_marginal_error,
-        implementation=implementation,
     )
     if sequence_axis is None:
-        out, error = compute(parts)
+        out, error = compute(parts, implementation=implementation)
     else:
-        out, error = over_sequence(sequence_axis, compute, parts)
+        out, error = over_sequence(
+            sequence_axis, sequence_strategy, compute, parts, implementation
+        )
     return out if error is None else (out, error)
 
 
@@ -336,6 +347,7 @@ def _compute(
     is_causal,
     return_marginal_error,
     implementation,
+    token_axis=None,
 ):
     query, key, value, bias, mask, marginals, pattern, dropout = parts
     has_query_lengths = lengths[0] is not None
@@ -350,6 +362,7 @@ def _compute(
         scale=scale,
         is_causal=is_causal,
         return_marginal_error=return_marginal_error,
+        token_axis=token_axis,
     )
     out, error = attend(problem, operands, implementation)
     if query.ndim == 3:
@@ -375,7 +388,7 @@ def attend(
     def of_part(operands):
         part = part_of(problem, operands)
         operands, valid = without_padding(part, complete_marginals(part, operands))
-        operands, unit = to_unit_marginals(operands)
+        operands, unit = to_unit_marginals(part, operands)
         with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
             out, error = chosen.attend(part, operands)
         if unit is not None:
@@ -398,7 +411,7 @@ def without_padding(
 @functools.partial(jax.jit, static_argnums=0)
 def _without_padding(problem, operands):
     valid = valid_rows_and_cols(problem, operands)
-    return zero_padding(operands, valid), valid
+    return zero_padding(problem, operands, valid), valid
 
 
 def prepare(
@@ -412,10 +425,12 @@ def prepare(
     scale: float | Array | None,
     is_causal: bool,
     return_marginal_error: bool,
+    token_axis: str | None = None,
 ) -> tuple[Problem, Operands]:
     """The problem and the operands for an implementation, from arguments it checks.
 
     `arrays` are query, key, value, bias and mask; `lengths` those of queries and keys.
+    `token_axis` is that of `Problem`.
     """
     if is_causal:
         raise ValueError(CAUSAL.format("is_causal=True"))
@@ -429,6 +444,8 @@ def prepare(
     scale = 1 / math.sqrt(head_dim) if scale is None else check_scale(scale)
     static, dynamic = (1.0, scale) if isinstance(scale, Array) else (scale, None)
     s, num_key_heads, value_dim = value.shape[1:]
+    num_parts = 1 if token_axis is None else jax.lax.axis_size(token_axis)
+    s = s * num_parts
     problem = Problem(
         batch=batch,
         t=t,
@@ -449,7 +466,11 @@ def prepare(
         has_tau=tau is not None,
         has_segments=pattern.query_ids is not None,
         window=check_window(pattern.window, t, s),
+        token_axis=token_axis,
     )
+    query_valid = valid_tokens("query_seq_lengths", lengths[0], batch, t * num_parts)
+    if query_valid is not None:
+        query_valid = own_part(token_axis, query_valid, 1)
     ids = dropout.ids
     if dropout_rate > 0 and ids is None:
         ids = head_ids(query)
@@ -460,7 +481,7 @@ def prepare(
         value,
         broadcastable("bias", bias, logits_shape),
         broadcastable("mask", mask, logits_shape),
-        valid_tokens("query_seq_lengths", lengths[0], batch, t),
+        query_valid,
         valid_tokens("key_value_seq_lengths", lengths[1], batch, s),
         dropout.rng if dropout_rate > 0 else None,
         dynamic,
