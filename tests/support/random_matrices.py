@@ -38,6 +38,11 @@ class Program:
         return ", ".join((*words, f"tolerance {self.tolerance}"))
 
     @property
+    def oracle(self):
+        """The program whose gradients are right."""
+        return dataclasses.replace(self, implementation="reference", dtype="float64")
+
+    @property
     def options(self):
         names = ("num_iters", "finish", "gradient", "tolerance", "implementation")
         return {name: getattr(self, name) for name in names}
@@ -175,7 +180,7 @@ def check(program, problem):
         note("marginal error", found.marginal_error[number], error, atol)
 
     # Gradients are those of the log-space scan in float64.
-    oracle = dataclasses.replace(program, implementation="reference", dtype="float64")
+    oracle = program.oracle
     if oracle != program:
         given = (x.astype(np.float64) for x in (logits, a, b))
         (_, (_, other)), expected = compiled(oracle)(*given, where, weights)
