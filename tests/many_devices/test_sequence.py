@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from support.attention_cases import PLAIN, inputs, random
-from support.compiled import collectives
 
+from benchmarks.harness.compiled_text import collectives
 from sinkhorn_jax import Implicit, Truncated, sinkhorn_attention
 
 B, T, S, N, K = 2, 16, 24, 8, 4
