@@ -1,4 +1,4 @@
-"""Counts what attention with divided tokens sends and allocates.
+"""Counts messages and memory with divided tokens.
 
 Forward and backward of `sinkhorn_attention` with a `sequence_axis`, compiled for
 simulated devices in float32 and not run: messages and temporary memory of one device,
