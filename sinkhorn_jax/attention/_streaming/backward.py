@@ -186,7 +186,7 @@ def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):
             if has_softmax:
                 softmax = block.kernel(sweep.before.f[0], jnp.zeros_like(part.g))
                 dz = dz - softmax * block.take(softmax_weight)[:, None]
-            dq = block.put_sum(dq, dot(low(dz), block.see(blocks.key_t).T))
+            dq = block.put_sum(dq, dot(low(dz), block.key))
             dk_t = block.add(dk_t, dot(low(block.take_fresh(query_t)), low(dz)))
             return dq, dk_t, block.add_to_bias(dbias, dz)
 

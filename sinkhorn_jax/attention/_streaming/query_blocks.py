@@ -157,6 +157,14 @@ class QueryBlock:
         marginal = self._blocks.row_marginal
         return None if marginal is None else self.take(marginal)
 
+    @property
+    def key(self) -> Float[Array, "J H"]:
+        """The keys that the block sees."""
+        blocks = self._blocks
+        if blocks.heads.problem.token_axis is None:
+            return self.see(blocks.heads.low(blocks.heads.key(blocks.head)), axis=0)
+        return self.see(blocks.key_t).T
+
     def logits(self) -> Float[Array, "I J"]:
         """Logits with bias, -inf where excluded; the same bits in every pass."""
         blocks = self._blocks
