@@ -7,7 +7,14 @@ from typing import Final
 
 import tyro
 
-from . import arguments, attention, collapse_measures, gpu_block_search, matrices
+from . import (
+    arguments,
+    attention,
+    collapse_measures,
+    gpu_block_search,
+    many_devices,
+    matrices,
+)
 from .harness import options
 from .report import readme
 
@@ -18,6 +25,7 @@ COMMANDS: Final[dict[str, ModuleType]] = {
     "matrices": matrices,
     "collapse_measures": collapse_measures,
     "gpu_block_search": gpu_block_search,
+    "many_devices": many_devices,
     "readme": readme,
 }
 

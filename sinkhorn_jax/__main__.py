@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from . import __version__
 from ._core.options import Options
 from ._runtime.dispatch import preferred, why_not_here
-from .attention._api import IMPLEMENTATIONS, prepare
+from .attention._call import IMPLEMENTATIONS, prepare
 from .attention._problem import Dropout, Problem
 
 

@@ -20,7 +20,7 @@ from ._core.options import Finish, Options
 from ._runtime.arguments import as_array, known_values
 from ._runtime.dispatch import check_name
 from ._runtime.explicit_axes import merge_axes
-from .attention._api import (
+from .attention._call import (
     IMPLEMENTATIONS,
     AttentionImplementation,
     attend,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Integer
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
 from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
-from .attention._api import AttentionImplementation
+from .attention._call import AttentionImplementation
 from .attention._problem import Dropout
 
 

@@ -33,6 +33,8 @@ def main():
     compile_quickly()
     jax.config.update("jax_enable_x64", True)
     programs = [program for net in NETS for program in net.every_program()]
+    # Those that are compared with the same one after each other.
+    programs.sort(key=lambda program: program.oracle.name)
     each = -(-options.examples // len(programs))
     about = {"seed": options.seed, "examples": each, "jax": jax.__version__}
     about["xla_flags"] = os.environ["XLA_FLAGS"]
@@ -42,10 +44,15 @@ def main():
         if {name: before.get(name) for name in about} == about:
             done = before
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    has_failed = False
+    has_failed, oracle = False, None
     for number, program in enumerate(programs, start=1):
         if program.name in done["worst"]:
             continue
+        if program.oracle != oracle:
+            oracle = program.oracle
+            for net in NETS:
+                net.compiled.cache_clear()
+            jax.clear_caches()
         print(f"[{number}/{len(programs)}] {program.name}", flush=True)
         try:
             worst = check_many(program, each, options.seed)
@@ -58,9 +65,6 @@ def main():
             name: float(f"{error:.2g}") for name, error in worst.items()
         }
         options.output.write_text(json.dumps(done, indent=1) + "\n")
-        for net in NETS:
-            net.compiled.cache_clear()
-        jax.clear_caches()
     return has_failed
 
 

@@ -55,7 +55,13 @@ PARTS: Final = {
             f"attention/{name}"
             for name in (
                 *_SHARED,
-                *("_heads.py", "_marginals.py", "_pattern.py", "_streaming"),
+                *(
+                    "_call.py",
+                    "_heads.py",
+                    "_marginals.py",
+                    "_pattern.py",
+                    "_streaming",
+                ),
             )
         ),
         (*_ATTENTION, _CHECKIFY, "tests/package/flax"),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._runtime.collectives import gathered
 from .._runtime.vmap import with_fallback
 from .domain import Domain, Linear, Log, Shift
 from .gradient import kept_iterations
@@ -62,13 +63,16 @@ def solve_backward(
     )
 
 
-def to_unit(cotangent: Any) -> tuple[Any, Float[Array, ""]]:
+def to_unit(cotangent: Any, axis: str | None = None) -> tuple[Any, Float[Array, ""]]:
     """A pytree over its largest magnitude, and that magnitude.
+
+    The devices of a `jax.shard_map` axis have parts of one cotangent.
 
     The backward pass is linear in the cotangent, and a large one could take factors out
     of range. A zero or non-finite one is returned as it is, with magnitude 1.
     """
     size = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(cotangent)]).max()
+    size = gathered(axis, size[None], 0).max()
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     size = jax.lax.stop_gradient(size)
     return jax.tree.map(lambda x: x / size, cotangent), size

@@ -1,72 +1,22 @@
-"""`sinkhorn_attention`: its signature, and the table of implementations."""
+"""`sinkhorn_attention`: its signature and what it means."""
 
 import functools
-import math
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final, Literal, overload
+from typing import Literal, overload
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._core.gradient import Exact, Gradient
-from .._core.marginals import checked_tau
 from .._core.options import Finish, Options
-from .._core.precision import accum_dtype
 from .._runtime.arguments import as_array
-from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
-from .._runtime.partition import by_typed_part
-from ._marginals import complete_marginals, to_unit_marginals, with_given_marginals
-from ._pattern import check_segments, check_window
+from ._call import AttentionImplementation, compute
 from ._problem import (
-    AXES,
-    RESULT_AXES,
-    Attended,
     Dropout,
     GivenMarginals,
     GivenPattern,
-    Operands,
-    Problem,
-    Valid,
-    head_ids,
-    part_of,
-    valid_rows_and_cols,
-    zero_padding,
 )
-from ._sequence import Parts, over_sequence
+from ._sequence import Parts, SequenceStrategy, over_sequence
 from ._validate import (
-    CAUSAL,
-    WHY_WHOLE,
-    broadcastable,
-    check_arrays,
-    check_dropout,
-    check_pattern,
-    check_scale,
     checked_tolerance,
-    valid_tokens,
-)
-
-AttentionImplementation = Literal[
-    "mosaic_gpu", "mosaic_tpu", "streaming", "scaling", "reference"
-]
-
-# In order of preference. "reference" runs everywhere and stays last. The kernels were
-# compiled but not measured, so no platform takes them unasked. The tests and the
-# benchmarks read this table. A new implementation is its module, a line here, its name
-# in the Literal and its entry in the docstring.
-IMPLEMENTATIONS: Final[Mapping[str, Implementation]] = MappingProxyType(
-    {
-        "mosaic_gpu": Implementation(
-            "sinkhorn_jax.attention._mosaic_gpu.attend", platforms=(), device="gpu"
-        ),
-        "mosaic_tpu": Implementation(
-            "sinkhorn_jax.attention._mosaic_tpu.attend", platforms=(), device="tpu"
-        ),
-        "streaming": Implementation("sinkhorn_jax.attention._streaming.attend"),
-        "scaling": Implementation("sinkhorn_jax.attention._scaling"),
-        "reference": Implementation("sinkhorn_jax.attention._reference"),
-    }
 )
 
 
@@ -85,7 +35,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[False] = False,
@@ -102,7 +53,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None,
     return_marginal_error: Literal[True],
@@ -119,7 +71,8 @@ def sinkhorn_attention(
     query_marginal: Array | None = None,
     key_marginal: Array | None = None, column_tau: float | Array = 1.0,
     dropout_rate: float = 0.0, dropout_rng: Array | None = None,
-    sequence_axis: str | None = None, finish: Finish = "rows",
+    sequence_axis: str | None = None, sequence_strategy: SequenceStrategy = "auto",
+    finish: Finish = "rows",
     gradient: Gradient = ..., tolerance: float | None = None,
     implementation: AttentionImplementation | None = None, return_marginal_error: bool,
 ) -> Array | tuple[Array, Array]: ...
@@ -145,6 +98,7 @@ def sinkhorn_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     sequence_axis: str | None = None,
+    sequence_strategy: SequenceStrategy = "auto",
     finish: Finish = "rows",
     gradient: Gradient = Exact(),  # noqa: B008 - frozen.
     tolerance: float | None = None,
@@ -235,8 +189,13 @@ def sinkhorn_attention(
             are divided: T and S are then numbers of this device's tokens, in `bias`,
             `mask`, marginals and segment ids as well, where S stays the whole in `bias`
             and `mask`. Lengths, window and positions are those of the whole sequence,
-            and are the same on all devices. The result is that of one device. Tokens
-            are exchanged for heads, so the devices must divide both N and K.
+            and are the same on all devices. The result is that of one device.
+        sequence_strategy: How the devices of `sequence_axis` work together. "ulysses":
+            they exchange tokens for heads, each attends for its part of the heads, and
+            so they must divide N and K. "mixed": each attends for its queries to all
+            keys, and the column sums are added up over devices in each iteration; that
+            is "streaming", without a window. "auto" is "ulysses" where devices divide
+            the heads, else "mixed".
         finish: "rows", or "columns" to drop the last row step: then the columns are
             exact and the rows approximate.
         gradient: `Exact`, `Truncated` or `Implicit`; see their docstrings.
@@ -309,161 +268,18 @@ def sinkhorn_attention(
         Dropout(dropout_rate, dropout_rng),
     )
     lengths = query_seq_lengths, key_value_seq_lengths
-    compute = functools.partial(
-        _compute,
+    attend = functools.partial(
+        compute,
         lengths=lengths,
         options=Options(num_iters, finish, gradient, checked_tolerance(tolerance)),
         scale=scale,
         is_causal=is_causal,
         return_marginal_error=return_marginal_error,
-        implementation=implementation,
     )
     if sequence_axis is None:
-        out, error = compute(parts)
+        out, error = attend(parts, implementation=implementation)
     else:
-        out, error = over_sequence(sequence_axis, compute, parts)
+        out, error = over_sequence(
+            sequence_axis, sequence_strategy, attend, parts, implementation
+        )
     return out if error is None else (out, error)
-
-
-def _compute(
-    parts,
-    *,
-    lengths,
-    options,
-    scale,
-    is_causal,
-    return_marginal_error,
-    implementation,
-):
-    query, key, value, bias, mask, marginals, pattern, dropout = parts
-    has_query_lengths = lengths[0] is not None
-    check_pattern(query, key, bias, mask, has_query_lengths=has_query_lengths)
-    problem, operands = prepare(
-        (query, key, value, bias, mask),
-        lengths,
-        options=options,
-        marginals=marginals,
-        pattern=pattern,
-        dropout=dropout,
-        scale=scale,
-        is_causal=is_causal,
-        return_marginal_error=return_marginal_error,
-    )
-    out, error = attend(problem, operands, implementation)
-    if query.ndim == 3:
-        out, error = jax.tree.map(lambda x: x[0], (out, error))
-    return out, error
-
-
-def attend(
-    problem: Problem, operands: Operands, implementation: AttentionImplementation | None
-) -> Attended:
-    """Output and, on request, marginal error, by the named implementation.
-
-    What lies in padding, such as NaN, reaches neither an implementation nor, as a
-    cotangent, its backward pass.
-    """
-    chosen = select(IMPLEMENTATIONS, implementation, problem)
-    if problem.batch == 0:
-        query, value = operands.query, operands.value
-        out = jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
-        error = jnp.zeros((0, problem.num_heads), accum_dtype(query.dtype))
-        return out, error if problem.return_marginal_error else None
-
-    def of_part(operands):
-        part = part_of(problem, operands)
-        operands, valid = without_padding(part, complete_marginals(part, operands))
-        operands, unit = to_unit_marginals(operands)
-        with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
-            out, error = chosen.attend(part, operands)
-        if unit is not None:
-            out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
-        return out if valid is None else jnp.where(valid.rows, out, 0), error
-
-    return by_typed_part(of_part, (AXES,), RESULT_AXES, operands, why_whole=WHY_WHOLE)
-
-
-def without_padding(
-    problem: Problem, operands: Operands
-) -> tuple[Operands, Valid | None]:
-    """The operands with zeros for padding, and where there is none."""
-    can_exclude = operands.bias is not None or problem.window is not None
-    if not can_exclude and not operands.masks():
-        return operands, None
-    return _without_padding(problem, operands)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _without_padding(problem, operands):
-    valid = valid_rows_and_cols(problem, operands)
-    return zero_padding(operands, valid), valid
-
-
-def prepare(
-    arrays: tuple[Array, Array, Array, Array | None, Array | None],
-    lengths: tuple[Array | None, Array | None],
-    *,
-    options: Options,
-    marginals: GivenMarginals = GivenMarginals(),  # noqa: B008 - immutable.
-    pattern: GivenPattern = GivenPattern(),  # noqa: B008 - immutable.
-    dropout: Dropout,
-    scale: float | Array | None,
-    is_causal: bool,
-    return_marginal_error: bool,
-) -> tuple[Problem, Operands]:
-    """The problem and the operands for an implementation, from arguments it checks.
-
-    `arrays` are query, key, value, bias and mask; `lengths` those of queries and keys.
-    """
-    if is_causal:
-        raise ValueError(CAUSAL.format("is_causal=True"))
-    query, key, value, bias, mask = arrays
-    check_arrays(query, key, value)
-    dropout_rate = check_dropout(dropout.rate, dropout.rng)
-    if query.ndim == 3:
-        query, key, value = query[None], key[None], value[None]
-    batch, t, num_heads, head_dim = query.shape
-    tau = checked_tau(marginals.tau, (batch, num_heads), accum_dtype(query.dtype))
-    scale = 1 / math.sqrt(head_dim) if scale is None else check_scale(scale)
-    static, dynamic = (1.0, scale) if isinstance(scale, Array) else (scale, None)
-    s, num_key_heads, value_dim = value.shape[1:]
-    problem = Problem(
-        batch=batch,
-        t=t,
-        s=s,
-        num_heads=num_heads,
-        num_key_heads=num_key_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=query.dtype,
-        options=options,
-        scale=static,
-        dropout_rate=dropout_rate,
-        broadcast_dropout=dropout.is_broadcast,
-        return_marginal_error=return_marginal_error,
-        has_bias=bias is not None,
-        has_mask=mask is not None,
-        has_marginals=marginals.query is not None or marginals.key is not None,
-        has_tau=tau is not None,
-        has_segments=pattern.query_ids is not None,
-        window=check_window(pattern.window, t, s),
-    )
-    ids = dropout.ids
-    if dropout_rate > 0 and ids is None:
-        ids = head_ids(query)
-    logits_shape = (batch, num_heads, t, s)
-    operands = Operands(
-        query,
-        key,
-        value,
-        broadcastable("bias", bias, logits_shape),
-        broadcastable("mask", mask, logits_shape),
-        valid_tokens("query_seq_lengths", lengths[0], batch, t),
-        valid_tokens("key_value_seq_lengths", lengths[1], batch, s),
-        dropout.rng if dropout_rate > 0 else None,
-        dynamic,
-        tau=tau,
-        segments=check_segments(pattern.query_ids, pattern.key_ids, batch, t, s),
-        head_ids=ids if dropout_rate > 0 else None,
-    )
-    return problem, with_given_marginals(problem, operands, marginals)

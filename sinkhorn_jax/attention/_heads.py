@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from .._core.marginals import Marginals
 from .._core.precision import accum_dtype, dot
 from .._core.solve import to_unit
+from .._runtime.collectives import gathered_by_ring, on_first, total
 from .._runtime.partition import by_part
 from .._runtime.scheduling import map_and_add, map_matrices, matrices_in_flight
 from . import _problem
@@ -72,6 +73,12 @@ def _attend_fwd(problem, passes, operands):
 def _attend_bwd(problem, passes, residuals, cotangents):
     def of_part(operands, out, history, dout):
         part = _problem.part_of(problem, operands)
+        if part.token_axis is not None:
+            # The keys are gathered again, instead of staying in memory until now. They
+            # seem to depend on the result, because on CPUs XLA drops a barrier.
+            is_never = jnp.ravel(out)[0] < -jnp.inf
+            key = jnp.where(is_never, 0, operands.key)
+            operands = operands._replace(key=key)
         _, backward, in_flight = passes(part)
         heads = Heads(part, operands, in_flight)
         head = functools.partial(backward, heads)
@@ -99,6 +106,10 @@ class Heads:
         self.scale = _problem.scale_of(problem, operands)
         self._operands, self._masks = operands, operands.masks()
         self._query, self._key, self._value = map(split, operands[:3])
+        self._all_keys_t = None
+        if problem.token_axis is not None:
+            key_t = split_transposed(operands.key)
+            self._all_keys_t = gathered_by_ring(problem.token_axis, key_t)
         self._in_flight = in_flight or matrices_in_flight(
             self.indices.shape[0], problem.t, problem.s, self.dtype.itemsize
         )
@@ -129,6 +140,12 @@ class Heads:
 
     def key(self, head) -> Float[Array, "S H"]:
         return self._key[head // self.problem.groups].astype(self.dtype)
+
+    def key_t(self, head) -> Float[Array, "H S"]:
+        """Keys transposed, in `product_dtype`, and those of other devices too."""
+        if self._all_keys_t is None:
+            return self.low(self.key(head)).T
+        return self.low(self._all_keys_t[head // self.problem.groups])
 
     def value(self, head) -> Float[Array, "S D"]:
         return self._value[head // self.problem.groups].astype(self.dtype)
@@ -179,28 +196,52 @@ class Heads:
             return None
         return marginal[head // self.problem.num_heads, head % self.problem.num_heads]
 
+    def over_devices(
+        self, sums: Float[Array, " S"], rows: Bool[Array, " T"]
+    ) -> tuple[Float[Array, " S"], Float[Array, ""] | None]:
+        """Column sums over the rows of all devices, and the number of valid rows.
+
+        The latter is None where this device has all rows.
+        """
+        axis = self.problem.token_axis
+        if axis is None:
+            return sums, None
+        # One message for both.
+        both = jnp.append(sums, rows.sum().astype(sums.dtype))
+        both = total(axis, both)
+        return both[:-1], both[-1]
+
     def marginals(
-        self, head, rows: Bool[Array, " T"], cols: Bool[Array, " S"]
+        self, head, rows: Bool[Array, " T"], cols: Bool[Array, " S"], num_rows=None
     ) -> Marginals:
-        """The marginals of a head, of which the valid rows and columns are known."""
+        """The marginals of a head, of which the valid rows and columns are known.
+
+        `num_rows` is that of `over_devices`.
+        """
         o, n = self._operands, self.problem.num_heads
         tau = None if o.tau is None else o.tau[head // n, head % n]
         if o.row_marginal is None or o.col_marginal is None:  # Both or none.
-            uniform = _problem.uniform_marginals(rows, cols, self.dtype)
+            uniform = _problem.uniform_marginals(rows, cols, self.dtype, num_rows)
             return Marginals(*uniform, tau)
         a, b = (x[head // n, head % n] for x in (o.row_marginal, o.col_marginal))
         return Marginals(a, b, tau)
 
     def given_marginals(self, cotangents: Marginals) -> tuple[Array | None, ...]:
         """Cotangents of a, b and tau, with None for those that are no operands."""
-        o = self._operands
+        o, axis = self._operands, self.problem.token_axis
         given = o.row_marginal, o.col_marginal, o.tau
+        da, db, dtau = cotangents
+        dtau = None if dtau is None else on_first(axis, dtau)
+        cotangents = Marginals(da, on_first(axis, db), dtau)
         return tuple(
             None if x is None else y for x, y in zip(given, cotangents, strict=True)
         )
 
     def keep(self, head, rows=None) -> Float[Array, "I S"] | None:
         """Dropout factors of the plan, or of these rows of it; None without dropout."""
+        axis = self.problem.token_axis
+        if rows is not None and axis is not None:
+            rows = rows + jax.lax.axis_index(axis) * self.problem.t
         rng, ids = self._operands.dropout_rng, self._operands.head_ids
         if rng is None or ids is None:  # Both or none.
             return None
@@ -237,7 +278,7 @@ class Heads:
             index, history, query_t, cotangent = inputs
             # The result is linear in the cotangent, which may be too large or too small
             # for its products with the factors of the correction.
-            (do_t, df), size = to_unit(cotangent)
+            (do_t, df), size = to_unit(cotangent, self.problem.token_axis)
             return head(index, history, query_t, do_t, df, size)
 
         cotangents = split_transposed(dout), split(df)

@@ -19,6 +19,7 @@ from .._core.marginals import (
 )
 from .._core.precision import accum_dtype
 from .._runtime.arguments import are_known, has_traced_checks
+from .._runtime.collectives import gathered, largest, own_part
 from ._pattern import totals_by_segment, uniform_by_segment
 from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
@@ -57,13 +58,17 @@ def complete_marginals(problem: Problem, operands: Operands) -> Operands:
 def _completed(problem, operands):
     """Both marginals (B, N, T) and (B, N, S), from those that were given."""
     a, b, segments = operands.row_marginal, operands.col_marginal, operands.segments
-    uniform = None
+    rows, cols = valid_by_head(problem, operands)
+    axis, uniform = problem.token_axis, None
+    # What depends on all queries is computed by every device.
+    rows, a = gathered(axis, rows, -1), a if a is None else gathered(axis, a, -1)
     if segments is not None:
+        segments = segments._replace(query=gathered(axis, segments.query, -1))
         segments = segments.of_heads(problem.num_heads)
         both = segments.reversed, segments
         uniform = tuple(functools.partial(uniform_by_segment, each) for each in both)
-    rows, cols = valid_by_head(problem, operands)
-    return complete(a, b, rows, cols, accum_dtype(problem.dtype), uniform)
+    a, b = complete(a, b, rows, cols, accum_dtype(problem.dtype), uniform)
+    return own_part(axis, a, -1), b
 
 
 def _marginals(problem, given):
@@ -109,7 +114,7 @@ def _check_known(problem, operands, given, rtol):
 
 
 def to_unit_marginals(
-    operands: Operands,
+    problem: Problem, operands: Operands
 ) -> tuple[Operands, Float[Array, "B N 1"] | None]:
     """The operands with marginals near 1, and what the output must be multiplied by.
 
@@ -119,9 +124,10 @@ def to_unit_marginals(
     a, b = operands.row_marginal, operands.col_marginal
     if a is None or b is None:
         return operands, None
-    largest = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
-    is_usable = (largest > 0) & jnp.isfinite(largest)
+    top = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
+    top = largest(problem.token_axis, top)
+    is_usable = (top > 0) & jnp.isfinite(top)
     # A power of 2, which changes no digit.
-    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
-    unit = jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+    _, exponent = jnp.frexp(jnp.where(is_usable, top, 1))
+    unit = jnp.ldexp(jnp.ones_like(top), exponent - 1)
     return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit

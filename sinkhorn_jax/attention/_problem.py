@@ -6,11 +6,12 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from .._core.marginals import has_mass
 from .._core.options import Options
 from .._core.precision import accum_dtype
+from .._runtime.collectives import anywhere, gathered, own_part
 from .._runtime.shard_map import varying_axes, varying_like
 from ._pattern import Segments, Window, may_attend, rows_with_a_key
 
@@ -38,6 +39,10 @@ class Problem:
     has_tau: bool = False
     has_segments: bool = False
     window: Window | None = None
+    # The axis of a `jax.shard_map` that divides the tokens. Queries, and what is of
+    # queries, are then this device's, and so are the arrays of keys and values; S, and
+    # everything else that is of keys, is of all devices.
+    token_axis: str | None = None
 
     @property
     def groups(self) -> int:
@@ -203,11 +208,12 @@ def valid_rows_and_cols(problem: Problem, operands: Operands) -> Valid | None:
     if both is not None:
         rows = cols = both & rows & cols & pattern(problem, operands)
         rows, cols = rows.any(axis=3, keepdims=True), cols.any(axis=2, keepdims=True)
+        cols = anywhere(problem.token_axis, cols)
     elif problem.window is not None or operands.segments is not None:
         rows, cols = _valid_in_pattern(problem, operands, rows, cols)
     else:
         any_row, any_col = (x.any(axis=(2, 3), keepdims=True) for x in (rows, cols))
-        rows, cols = rows & any_col, cols & any_row
+        rows, cols = rows & any_col, cols & anywhere(problem.token_axis, any_row)
     return Valid(jnp.moveaxis(rows, 1, 2), jnp.transpose(cols, (0, 3, 1, 2)))
 
 
@@ -220,8 +226,12 @@ def _valid_in_pattern(problem, operands, rows, cols):
         segments = segments.of_heads(heads[1])
     rows = jnp.broadcast_to(rows[..., 0], (*heads, problem.t))
     cols = jnp.broadcast_to(cols[..., 0, :], (*heads, problem.s))
-    window, seen = problem.window, None if segments is None else segments.reversed
+    window, axis, seen = problem.window, problem.token_axis, None
     valid_rows = rows_with_a_key(window, segments, rows, cols)
+    rows = gathered(axis, rows, -1)
+    if segments is not None:
+        queries = gathered(axis, segments.query, -1)
+        seen = segments._replace(query=queries).reversed
     window = None if window is None else window.reversed
     valid_cols = rows_with_a_key(window, seen, cols, rows)
     return valid_rows[..., :, None], valid_cols[..., None, :]
@@ -255,7 +265,7 @@ def valid_by_head(
     return rows, cols
 
 
-def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
+def zero_padding(problem: Problem, operands: Operands, valid: Valid | None) -> Operands:
     """The operands with 0 for padding, and no gradient there.
 
     A weight of 0 would not keep NaN and infinity out of a product. A key or value is
@@ -272,6 +282,8 @@ def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
         key_head = jnp.arange(num_heads, dtype=jnp.int32) // groups
         shares = key_head[:, None] == jnp.arange(num_key_heads, dtype=jnp.int32)[None]
         cols = (cols & shares[None, None]).any(axis=2)[..., None]
+    if cols.shape[1] != 1:
+        cols = own_part(problem.token_axis, cols, 1)
     query, key, value = operands[:3]
     return operands._replace(
         query=jnp.where(rows, query, 0),
@@ -281,10 +293,17 @@ def zero_padding(operands: Operands, valid: Valid | None) -> Operands:
 
 
 def uniform_marginals(
-    rows: Bool[Array, "*heads T"], cols: Bool[Array, "*heads S"], dtype: jnp.dtype
+    rows: Bool[Array, "*heads T"],
+    cols: Bool[Array, "*heads S"],
+    dtype: jnp.dtype,
+    num_rows: Num[Array, "*heads"] | None = None,
 ) -> tuple[Float[Array, "*heads T"], Float[Array, "*heads S"]]:
-    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns."""
-    num_rows, num_cols = rows.sum(axis=-1), cols.sum(axis=-1)
+    """1 for the valid rows, (valid rows) / (valid columns) for the valid columns.
+
+    `num_rows` are the valid rows where they are more than those of `rows`.
+    """
+    num_cols = cols.sum(axis=-1)
+    num_rows = rows.sum(axis=-1) if num_rows is None else num_rows
     col_marginal = num_rows.astype(dtype) / jnp.maximum(num_cols, 1).astype(dtype)
     return rows.astype(dtype), jnp.where(cols, col_marginal[..., None], 0)
 

@@ -1,24 +1,32 @@
 """Attention of sequences whose tokens are divided over devices, in `jax.shard_map`.
 
-Heads are independent, so tokens are exchanged for heads: each device gets all tokens of
-its part of the heads, attends as it would alone, and gives the outputs back to where
-their queries are. That is one all-to-all for each of queries, keys, values and output,
-whatever the number of iterations; as many in the backward pass.
-
+"ulysses": heads are independent, so tokens are exchanged for heads. Each device gets
+all tokens of its part of the heads, attends as it would alone, and gives the outputs
+back to where their queries are. That is one all-to-all for each of queries, keys,
+values and output, whatever the number of iterations; as many in the backward pass.
 Jacobs et al., DeepSpeed Ulysses, 2023. https://arxiv.org/abs/2309.14509
+
+"mixed": a row step needs the keys of all devices and a column step the queries of all.
+Keys are gathered once, and each column step adds up the column sums of the devices, S
+numbers for each head. Values, and the cotangents of keys and values, go round the ring
+of devices, in one trip each. The passes are those of `_streaming`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.marginals import broadcast
+from .._runtime.collectives import gathered
 from .._runtime.shard_map import varying_like
 from ._problem import Dropout, GivenMarginals, GivenPattern, head_ids
 from ._validate import check_arrays
+
+SequenceStrategy = Literal["auto", "ulysses", "mixed"]
+STRATEGIES: Final = get_args(SequenceStrategy)
 
 
 class Parts(NamedTuple):
@@ -35,36 +43,56 @@ class Parts(NamedTuple):
 
 
 def over_sequence(
-    axis: str, compute: Callable[[Parts], Any], parts: Parts
+    axis: str,
+    strategy: SequenceStrategy,
+    compute: Callable[..., Any],
+    parts: Parts,
+    implementation: str | None,
 ) -> tuple[Float[Array, "*B T N D"], Float[Array, "*B N"] | None]:
     """Output of this device's tokens, and the marginal error of all heads.
 
     Args:
         axis: The axis of the `jax.shard_map` that divides the tokens.
-        compute: Attends on one device.
+        strategy: How the devices work together.
+        compute: Attends, with the keywords `implementation` and, for tokens that are
+            divided, `token_axis`.
         parts: What this device was given.
+        implementation: The caller's choice.
     """
     check_arrays(parts.query, parts.key, parts.value)
-    _check_axis(axis, parts.query, parts.key)
+    chosen = _checked(axis, strategy, parts, implementation)
     has_batch = parts.query.ndim == 4
     if not has_batch:
         query, key, value = (x[None] for x in parts[:3])
         parts = parts._replace(query=query, key=key, value=value)
-    out, error = compute(_to_heads(axis, parts))
-    out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
-    error = None if error is None else _of_all_heads(axis, error)
+    if chosen == "ulysses":
+        out, error = compute(_to_heads(axis, parts), implementation=implementation)
+        out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
+        error = None if error is None else _of_all_heads(axis, error)
+    else:
+        parts = _with_all_keys(axis, parts)
+        out, error = compute(parts, implementation="streaming", token_axis=axis)
+        # All devices have the same; now JAX knows it.
+        if error is not None:
+            error = jax.lax.pmax(jax.lax.stop_gradient(error), axis)
     if has_batch:
         return out, error
     return jax.tree.map(lambda x: x[0], (out, error))
 
 
-def _check_axis(axis: Any, query: Array, key: Array) -> None:
-    """Checks that the tokens can be exchanged for heads over the axis.
+def _checked(axis: Any, strategy: Any, parts: Parts, implementation: Any) -> str:
+    """The strategy, "ulysses" or "mixed".
 
     Raises:
-        TypeError: It is no name.
-        ValueError: `jax.shard_map` is not manual over it, or it does not divide heads.
+        TypeError: The axis is no name.
+        ValueError: `jax.shard_map` is not manual over it, the strategy is unknown, or
+            its condition fails.
     """
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"sequence_strategy must be one of {', '.join(map(repr, STRATEGIES))}, got "
+            f"{strategy!r}."
+        )
     if not isinstance(axis, str):
         raise TypeError(
             f"sequence_axis must be the name of one mesh axis, got {axis!r}."
@@ -77,13 +105,42 @@ def _check_axis(axis: Any, query: Array, key: Array) -> None:
             "its own tokens. Without a jax.shard_map leave sequence_axis out."
         )
     size = mesh.shape[axis]
-    for name, heads in (("query", query.shape[-2]), ("key", key.shape[-2])):
-        if heads % size:
-            raise ValueError(
-                f"sequence_axis={axis!r} has {size} devices, which must divide the "
-                f"heads, got {heads} {name} heads: each device attends for its part "
-                "of them. Use fewer devices for the sequence, or repeat key heads."
-            )
+    num_heads, num_key_heads = parts.query.shape[-2], parts.key.shape[-2]
+    divides = num_heads % size == 0 == num_key_heads % size
+    if strategy == "ulysses" and not divides:
+        raise ValueError(
+            f"sequence_strategy='ulysses' needs devices that divide the heads, got "
+            f"{num_heads} query heads and {num_key_heads} key heads for the {size} "
+            f"devices of sequence_axis={axis!r}: each device attends for its part of "
+            "them. Use fewer devices for the sequence, repeat key heads, or use "
+            "sequence_strategy='mixed'."
+        )
+    if strategy == "ulysses" or (strategy == "auto" and divides):
+        return "ulysses"
+    if implementation not in (None, "streaming"):
+        raise ValueError(
+            f"implementation={implementation!r} cannot attend to keys of other "
+            f"devices, and the {size} devices of sequence_axis={axis!r} do not divide "
+            f"{num_heads} query heads and {num_key_heads} key heads, or "
+            "sequence_strategy='mixed' was asked for. Use implementation='streaming'."
+        )
+    return "mixed"
+
+
+def _with_all_keys(axis: str, parts: Parts) -> Parts:
+    """The parts with what other devices have of the keys, but for keys and values."""
+    batch, s, _, _ = parts.key.shape
+    num_heads = parts.query.shape[2]
+    marginals, pattern = parts.marginals, parts.pattern
+    if marginals.key is not None:
+        shape = batch, num_heads, s
+        marginal = broadcast("key_marginal", jnp.asarray(marginals.key), shape)
+        marginals = marginals._replace(key=gathered(axis, marginal, -1))
+    if pattern.key_ids is not None:
+        ids = broadcast("key_segment_ids", jnp.asarray(pattern.key_ids), (batch, s))
+        pattern = pattern._replace(key_ids=gathered(axis, ids, -1))
+    dropout = parts.dropout._replace(ids=head_ids(parts.query, axis))
+    return parts._replace(marginals=marginals, pattern=pattern, dropout=dropout)
 
 
 def _to_heads(axis: str, parts: Parts) -> Parts:
@@ -108,12 +165,8 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
         if x.shape[2] == t:  # The same values on all devices may be gathered too.
             if x.shape[1] == num_heads:
                 return exchange(x, 1, 2)
-            return gather(x, 2)
+            return gathered(axis, x, 2)
         return own_heads(x, 1) if x.shape[1] == num_heads else x
-
-    def gather(x, token_axis):
-        x = varying_like(x, (x, index))
-        return jax.lax.all_gather(x, axis, axis=token_axis, tiled=True)
 
     def of_marginal(name, x, length):
         if x is None:
@@ -124,7 +177,7 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
     def of_ids(name, x, length):
         if x is None:
             return None
-        return gather(broadcast(name, jnp.asarray(x), (batch, length)), 1)
+        return gathered(axis, broadcast(name, jnp.asarray(x), (batch, length)), 1)
 
     marginals, pattern, tau = parts.marginals, parts.pattern, parts.marginals.tau
     if isinstance(tau, jax.Array) and tau.ndim > 0:

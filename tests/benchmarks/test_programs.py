@@ -13,7 +13,7 @@ from benchmarks.harness import cases, limits, process_memory, program
 from benchmarks.peers import PEERS
 from sinkhorn_jax import sinkhorn_attention
 from sinkhorn_jax._runtime import dispatch
-from sinkhorn_jax.attention import IMPLEMENTATIONS, _api
+from sinkhorn_jax.attention import IMPLEMENTATIONS, _call
 
 
 @pytest.mark.parametrize("name", ["softmax", "torch_sinkhorn", "pot"])
@@ -60,7 +60,7 @@ def test_default_is_what_the_selection_takes(monkeypatch):
         asked.append((name, problem, dispatch.select(table, name, problem)))
         return asked[-1][-1]
 
-    monkeypatch.setattr(_api, "select", select)
+    monkeypatch.setattr(_call, "select", select)
     for case in (*cases.SMOKE, cases.Case(2, 1024, num_iters=0)):
         array = jax.ShapeDtypeStruct(case.shape_btnh, case.dtype)
         jax.eval_shape(

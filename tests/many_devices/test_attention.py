@@ -10,8 +10,8 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.attention_cases import PLAIN, inputs, random
-from support.compiled import collectives, count
 
+from benchmarks.harness.compiled_text import collectives, count
 from sinkhorn_jax import Truncated, sinkhorn_attention
 from sinkhorn_jax.linen import MultiHeadSinkhornAttention
 

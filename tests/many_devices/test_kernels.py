@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.attention_cases import inputs
-from support.compiled import collectives
 
+from benchmarks.harness.compiled_text import collectives
 from sinkhorn_jax import sinkhorn_attention
 
 B, T, S, N, H = 4, 8, 16, 8, 8

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support.compiled import collectives, count
 from support.matrices import random
 
+from benchmarks.harness.compiled_text import collectives, count
 from sinkhorn_jax import sinkhorn, sinkhorn_potentials, traced_checks
 
 SHAPE = 8, 4, 12, 10

@@ -11,7 +11,7 @@ import pytest
 
 import sinkhorn_jax
 from sinkhorn_jax import attention, matrix
-from sinkhorn_jax.attention._api import AttentionImplementation
+from sinkhorn_jax.attention._call import AttentionImplementation
 from sinkhorn_jax.matrix._api import MatrixImplementation
 
 ROOT = pathlib.Path(__file__).parents[2]

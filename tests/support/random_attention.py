@@ -43,6 +43,11 @@ class Program:
         return ", ".join((*words, type(self.gradient).__name__, self.padding))
 
     @property
+    def oracle(self):
+        """The program whose gradients are right."""
+        return dataclasses.replace(self, implementation="reference", dtype="float64")
+
+    @property
     def options(self):
         names = ("num_iters", "finish", "gradient", "implementation")
         window = {"local_window_size": WINDOW} if self.padding == "window" else {}
@@ -205,7 +210,7 @@ def check(program, problem):
     note("marginal error", error, of_plan, ATOL[program.dtype])
 
     # Gradients are those of the log-space scan in float64.
-    oracle = dataclasses.replace(program, implementation="reference", dtype="float64")
+    oracle = program.oracle
     if oracle != program:
         given = query, key, value, bias
         wide = jax.tree.map(
@@ -229,9 +234,10 @@ def check(program, problem):
         (_, (again, _)), again_gradients = run(
             tuple(turned), turned_arguments, weights[::-1]
         )
-        np.testing.assert_array_equal(again[::-1], out)
+        # The place in a vector of the CPU may change how a number is rounded.
+        note("output in another place", again[::-1], out, ATOL[program.dtype])
         for each, before in zip(again_gradients, gradients, strict=True):
-            np.testing.assert_array_equal(each[::-1], before)
+            note("gradient there", each[::-1], before, GRADIENT_ATOL[program.dtype])
     return errors
 
 

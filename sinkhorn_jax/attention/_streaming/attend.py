@@ -48,6 +48,8 @@ def why_not(problem: Problem) -> str | None:
         return f"it takes no tolerance, got {problem.options.tolerance}"
     if isinstance(problem.options.gradient, Implicit):
         return "it takes gradient=Exact() and Truncated(k), not Implicit"
+    if problem.token_axis is not None and problem.window is not None:
+        return "it takes no local_window_size where sequence_axis divides the tokens"
     return None
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from ..._core.gradient import kept_iterations
 from ..._core.marginals import Marginals
 from ..._core.precision import dot
+from ..._runtime.collectives import largest, total
 from ..._runtime.vmap import with_fallback
 from .query_blocks import QueryBlocks
 
@@ -45,19 +46,11 @@ class PlanFactors(NamedTuple):
     def after_col_step(self, full_c, marginals: Marginals, max_drift) -> "PlanFactors":
         """The state after a column step, all of which would end in `full_c`.
 
-        f and g absorb r and full_c if these are far from 1. What large potentials round
-        off stays in r and full_c, which are then not quite 1.
+        f absorbs r, and g full_c, if it is far from 1.
         """
-        log_r, log_c = (jnp.log(jnp.where(x == 0, 1, x)) for x in (self.r, full_c))
-        drift = jnp.maximum(jnp.abs(log_r).max(), jnp.abs(log_c).max())
-        f, rest_of_r = _add_exactly(self.f, log_r)
-        g, rest_of_c = _add_exactly(self.g, log_c)
-        r = jnp.where(self.r == 0, 0, jnp.exp(rest_of_r))
-        c = jnp.where(full_c == 0, 0, jnp.exp(rest_of_c))
-        absorbed = PlanFactors(f, g, r, c)
-        choose = lambda x, y: jnp.where(drift > max_drift, x, y)
-        state = jax.tree.map(choose, absorbed, self._replace(c=full_c, part_of=None))
-        return state.part_way(marginals.tau)
+        f, r = _absorb(self.f, self.r, max_drift)
+        g, c = _absorb(self.g, full_c, max_drift)
+        return PlanFactors(f, g, r, c).part_way(marginals.tau)
 
     def part_way(self, tau) -> "PlanFactors":
         """The state with the part `tau` of the column potential; None is all of it."""
@@ -82,8 +75,10 @@ def forward(
     options = problem.options
     start, marginals, out, sums = _softmax(blocks, value)
     a, b, _ = marginals
+    axis, error = problem.token_axis, None
     if options.num_iters == 0:
-        error = _marginal_error(sums, b, a) if problem.return_marginal_error else None
+        if problem.return_marginal_error:
+            error = _over_total(jnp.abs(sums - b).sum(), total(axis, a.sum()))
         return (out, error), _stack(start)
 
     max_drift = _max_drift(blocks, marginals)
@@ -95,13 +90,13 @@ def forward(
 
     last, states = jax.lax.scan(iterate, start, None, length=options.num_iters - 1)
     out, r, row_sums, col_sums = _apply(blocks, last, value)
-    if not problem.return_marginal_error:
-        error = None
-    elif options.finish == "rows":
-        error = _marginal_error(last.c * col_sums, b, a)
-    else:
-        error = _marginal_error(last.r * row_sums, a, a)
     end = last._replace(r=r)
+    if problem.return_marginal_error:
+        if options.finish == "rows":
+            difference = jnp.abs(last.c * col_sums - b).sum()
+        else:
+            difference = total(axis, jnp.abs(last.r * row_sums - a).sum())
+        error = _over_total(difference, total(axis, a.sum()))
     kept = kept_iterations(options.gradient, options.num_iters)
     history = jax.tree.map(
         lambda *x: jnp.concatenate(x)[-kept - 1 :], _stack(start), states, _stack(end)
@@ -117,7 +112,9 @@ def _softmax(blocks, value):
     """
     heads = blocks.heads
     t, s, dtype = heads.problem.t, heads.problem.s, heads.dtype
+    axis = heads.problem.token_axis
     is_result = heads.problem.options.num_iters == 0
+    has_values = is_result and axis is None
     lowest = jnp.finfo(dtype).min
 
     def first_pass(block, carry):
@@ -129,7 +126,7 @@ def _softmax(blocks, value):
         r_i = _row_scaling(block, kernel.sum(axis=1))
         top = block.add(top, shifted.max(axis=0), combine=jnp.maximum)
         sums = block.add_rows(sums, r_i, kernel)
-        if is_result:
+        if has_values:
             out = block.put(out, block.apply(r_i, kernel, value))
         return block.put(m, m_i), block.put(r, r_i), top, sums, out
 
@@ -137,13 +134,16 @@ def _softmax(blocks, value):
     top = jnp.full(s, -jnp.inf, dtype)
     init = zeros(t), zeros(t), top, zeros(s), zeros(t, value.shape[1])
     m, r, top, sums, out = blocks.fold(first_pass, init)
+    top = largest(axis, top)
     rows, cols = r != 0, top != -jnp.inf
-    marginals = heads.marginals(blocks.head, rows, cols)
-    b = marginals.b
     # Without log r in f, logits + f is exact.
     f = jnp.where(rows, -m, 0)
-    start = PlanFactors(f, jnp.zeros_like(b), r, cols.astype(dtype))
+    start = PlanFactors(f, jnp.zeros_like(sums), r, cols.astype(dtype))
     if is_result:
+        if not has_values:
+            out, *_ = _apply(blocks, start, value)
+        sums, num_rows = heads.over_devices(sums, rows)
+        marginals = heads.marginals(blocks.head, rows, cols, num_rows)
         return start, marginals, out, sums
     top = jnp.where(cols, top, 0)
 
@@ -156,6 +156,9 @@ def _softmax(blocks, value):
     sums, shift = with_fallback(
         (sums, jnp.zeros_like(top)), (top >= HIDDEN).all(), under_column_maxima
     )
+    sums, num_rows = heads.over_devices(sums, rows)
+    marginals = heads.marginals(blocks.head, rows, cols, num_rows)
+    b = marginals.b
     log_c = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1))
     g, rest = _add_exactly(jnp.where(cols, -shift, 0), log_c)
     c = jnp.where(cols, jnp.exp(rest), 0)
@@ -172,13 +175,17 @@ def _full_pass(blocks, state):
         r_i = _row_scaling(block, dot(kernel, block.see(state.c)))
         return block.put(r, r_i), block.add_rows(sums, r_i, kernel)
 
-    return blocks.fold(body, (jnp.zeros_like(state.r), jnp.zeros_like(state.c)))
+    init = jnp.zeros_like(state.r), jnp.zeros_like(state.c)
+    r, sums = blocks.fold(body, init)
+    return r, total(blocks.heads.problem.token_axis, sums)
 
 
 def _apply(blocks, state, value):
     """Output, row scaling, and the sums E c and r^T E for the marginal error."""
     problem = blocks.heads.problem
     ends_on_rows = problem.options.finish == "rows"
+    if problem.token_axis is not None:
+        return _apply_to_parts(blocks, state, value)
     value = state.c[:, None] * value
 
     def body(block, carry):
@@ -198,6 +205,30 @@ def _apply(blocks, state, value):
     return blocks.fold(body, (out, state.r, row_sums, col_sums))
 
 
+def _apply_to_parts(blocks, state, value):
+    """What `_apply` returns where devices have parts of the values."""
+    problem = blocks.heads.problem
+
+    def add_part(blocks, value, carry):
+        def body(block, carry):
+            out, row_sums = carry
+            kernel, c = block.kernel(state.f, state.g), block.see(state.c)
+            out = block.put_sum(out, block.apply_unscaled(kernel, c[:, None] * value))
+            return out, block.put_sum(row_sums, dot(kernel, c))
+
+        return value, blocks.fold(body, carry)
+
+    init = jnp.zeros((problem.t, value.shape[1]), value.dtype), jnp.zeros_like(state.r)
+    _, (out, row_sums) = blocks.around(add_part, value, init)
+    r, col_sums = state.r, jnp.zeros_like(state.c)
+    if problem.options.finish == "rows":
+        a = blocks.row_marginal
+        r = _divide(1 if a is None else a, row_sums)
+        if problem.return_marginal_error and problem.options.num_iters > 0:
+            _, col_sums = _full_pass(blocks, state)
+    return r[:, None] * out, r, row_sums, col_sums
+
+
 def _row_scaling(block, sums):
     """What the sums must be multiplied by to be the row marginal."""
     a = block.row_marginal
@@ -207,9 +238,12 @@ def _row_scaling(block, sums):
 def _max_drift(blocks, marginals):
     if blocks.row_marginal is None:
         return MAX_DRIFT
-    total = jnp.maximum(marginals.a.sum(), marginals.b.sum())
-    least = [jnp.where(x == 0, total, x).min() for x in marginals[:2]]
-    log_spread = jnp.log(total) - jnp.log(jnp.minimum(*least))
+    a, b, _ = marginals
+    axis = blocks.heads.problem.token_axis
+    most = jnp.maximum(total(axis, a.sum()), b.sum())
+    least = [jnp.where(x == 0, most, x).min() for x in (a, b)]
+    least = -largest(axis, -jnp.minimum(*least))
+    log_spread = jnp.log(most) - jnp.log(least)
     limit = (-18.0 + 87.0 - 3 * log_spread) / 2
     return jnp.clip(limit, 0, MAX_DRIFT)
 
@@ -220,9 +254,20 @@ def _add_exactly(potential, log_scaling):
     return total, log_scaling - (total - potential)
 
 
-def _marginal_error(sums, target, a):
-    total = a.sum()
-    return jnp.abs(sums - target).sum() / jnp.where(total == 0, 1, total)
+def _absorb(potential, scaling, max_drift):
+    """The potential and the scaling, which the former absorbs if it is far from 1.
+
+    What a large potential rounds off stays in the scaling, which is then not quite 1.
+    """
+    log_scaling = jnp.log(jnp.where(scaling == 0, 1, scaling))
+    absorbed, rest = _add_exactly(potential, log_scaling)
+    rest = jnp.where(scaling == 0, 0, jnp.exp(rest))
+    is_far = jnp.abs(log_scaling).max() > max_drift
+    return jnp.where(is_far, absorbed, potential), jnp.where(is_far, rest, scaling)
+
+
+def _over_total(difference, total):
+    return difference / jnp.where(total == 0, 1, total)
 
 
 def _divide(x, y):

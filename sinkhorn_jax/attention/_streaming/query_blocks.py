@@ -4,8 +4,9 @@ A block sees all keys, or with a local window the consecutive ones that its quer
 attend to. The size of what it computes, J, is the same for all blocks.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ..._core.domain import minus_both
 from ..._core.precision import dot
 from ..._runtime.arguments import are_known
+from ..._runtime.collectives import ring
 from ..._runtime.shard_map import varying_like
 from ..._runtime.vmap import max_in_batch
 from .._heads import Heads
@@ -30,6 +32,7 @@ MAX_BLOCK_ROWS: Final = 1024
 PLAIN_SUM: Final = 32.0
 
 Carry = TypeVar("Carry")
+Travelling = TypeVar("Travelling")
 
 
 class Layout(NamedTuple):
@@ -58,12 +61,17 @@ def choose_layout(problem: Problem) -> Layout:
     on_cpu = jax.default_backend() == "cpu"
     limit = (CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES) // row_bytes
     in_flight = 1
-    if not on_cpu and are_known(heads):
+    if problem.token_axis is not None:
+        # The heads share the messages between devices.
+        in_flight = heads
+        limit //= in_flight
+    elif not on_cpu and are_known(heads):
         # Heads first, because they are independent and query blocks are not.
         most = max(1, limit // min(problem.t, 128))
         in_flight = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
         limit //= in_flight
-    rows = min(most_rows, max(MIN_BLOCK_ROWS, limit))
+    least = MIN_BLOCK_ROWS if problem.token_axis is None else 8
+    rows = min(most_rows, max(least, limit))
     # Even blocks: the last one then repeats fewer rows than there are blocks.
     return Layout(-(-problem.t // -(-problem.t // rows)), in_flight)
 
@@ -89,8 +97,8 @@ class QueryBlock:
         self._start = jnp.minimum(index * rows, t - rows)
         self.positions = self._start + jnp.arange(rows, dtype=jnp.int32)
         self.fresh = self.positions >= index * rows
-        problem, self._first_key = blocks.heads.problem, jnp.int32(0)
-        self._sees_all = problem.window is None or blocks.num_keys == problem.s
+        problem, self._first_key = blocks.heads.problem, blocks.first_key
+        self._sees_all = blocks.num_keys == problem.s
         if problem.window is not None and not self._sees_all:
             first, most = self._start - problem.window.left, problem.s - blocks.num_keys
             self._first_key = jnp.clip(first, 0, most)
@@ -108,9 +116,23 @@ class QueryBlock:
         """`x` with the block's rows replaced."""
         return jax.lax.dynamic_update_slice_in_dim(x, rows, self._start, axis=0)
 
+    def put_sum(self, x: Float[Array, "T ..."], rows: Float[Array, "I ..."]) -> Array:
+        """`x` with the block's rows replaced, which are sums over the keys.
+
+        Where the block sees one of the parts of the keys that devices have, the sums
+        over that part are added.
+        """
+        if self._blocks.heads.problem.token_axis is None:
+            return self.put(x, rows)
+        fresh = self.fresh.reshape(-1, *(1 for _ in rows.shape[1:]))
+        return self.put(x, self.take(x) + jnp.where(fresh, rows, 0))
+
     def see(self, x: Float[Array, "... S"], axis: int = -1) -> Float[Array, "... J"]:
-        """What an array of the keys has for those that the block sees."""
-        if self._sees_all:
+        """What an array of the keys has for those that the block sees.
+
+        An array of only these keys is returned as it is.
+        """
+        if self._sees_all or x.shape[axis] == self._blocks.num_keys:
             return x
         return jax.lax.dynamic_slice_in_dim(
             x, self._first_key, self._blocks.num_keys, axis
@@ -124,7 +146,7 @@ class QueryBlock:
         combine: Callable[[Array, Array], Array] = jnp.add,
     ) -> Float[Array, "... S"]:
         """`total` with what the block has for the keys that it sees added."""
-        if self._sees_all:
+        if self._sees_all or total.shape[axis] == self._blocks.num_keys:
             return combine(total, part)
         part = combine(self.see(total, axis), part)
         return jax.lax.dynamic_update_slice_in_dim(total, part, self._first_key, axis)
@@ -135,12 +157,20 @@ class QueryBlock:
         marginal = self._blocks.row_marginal
         return None if marginal is None else self.take(marginal)
 
+    @property
+    def key(self) -> Float[Array, "J H"]:
+        """The keys that the block sees."""
+        blocks = self._blocks
+        if blocks.heads.problem.token_axis is None:
+            return self.see(blocks.heads.low(blocks.heads.key(blocks.head)), axis=0)
+        return self.see(blocks.key_t).T
+
     def logits(self) -> Float[Array, "I J"]:
         """Logits with bias, -inf where excluded; the same bits in every pass."""
         blocks = self._blocks
         query, key_t = self.take(blocks.query), self.see(blocks.key_t)
-        first = 0 if self._sees_all else self._first_key
-        return blocks.heads.logits(blocks.head, query, key_t, self._start, first)
+        first_key = self._first_key
+        return blocks.heads.logits(blocks.head, query, key_t, self._start, first_key)
 
     def kernel(self, f: Float[Array, " T"], g: Float[Array, " S"]) -> Array:
         """The kernel matrix exp(logits + f + g), [I, J]."""
@@ -159,9 +189,13 @@ class QueryBlock:
 
     def apply(self, r: Float[Array, " I"], kernel, value) -> Float[Array, "I D"]:
         """Output of the plan diag(r) kernel, with dropout. The values include any c."""
+        return r[:, None] * self.apply_unscaled(kernel, value)
+
+    def apply_unscaled(self, kernel, value) -> Float[Array, "I D"]:
+        """Like `apply`, without the row scaling."""
         keep, low = self.keep(), self._blocks.heads.low
         kept = kernel if keep is None else kernel * keep
-        return r[:, None] * dot(low(kept), low(self.see(value, axis=0)))
+        return dot(low(kept), low(self.see(value, axis=0)))
 
     def sum_rows(self, weights: Float[Array, " I"], matrix) -> Float[Array, " J"]:
         """The weighted sum of the fresh rows of a matrix [I, J]."""
@@ -179,7 +213,9 @@ class QueryBlock:
             return None
         if dbias.shape[1] == 1:
             dlogits = dlogits.sum(axis=1, keepdims=True)
-        if dbias.shape[0] != 1:
+            if dbias.shape[0] != 1:
+                return self.put_sum(dbias, dlogits)
+        elif dbias.shape[0] != 1:
             if dlogits.shape[1] == dbias.shape[1]:
                 return self.put(dbias, dlogits)
             # Nothing else than this block has its rows.
@@ -201,14 +237,22 @@ def over_row_marginal(
 
 
 class QueryBlocks:
-    """All query blocks of one head."""
+    """All query blocks of one head, with all keys or with those of one device."""
 
     def __init__(self, heads: Heads, head: Int[Array, ""], rows: int):
         self.heads, self.head, self.rows = heads, head, rows
+        # Of the keys that a block sees; where a window moves them, each has its own.
+        self.first_key: Any = 0
         self.num_keys = visible_keys(heads.problem, rows)
         self.row_marginal = heads.row_marginal(head)
         self.query = heads.query(head, heads.product_dtype)
-        self.key_t = heads.key(head).astype(heads.product_dtype).T
+        self.key_t = heads.key_t(head)
+
+    def see(self, x: Float[Array, "... S"]) -> Float[Array, "... J"]:
+        """What an array of the keys has for those of one device, if these are its."""
+        if self.heads.problem.token_axis is None:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, self.first_key, self.num_keys, -1)
 
     def fold(self, body: Callable[[QueryBlock, Carry], Carry], init: Carry) -> Carry:
         """The carry after `body(block, carry)` of every block in order."""
@@ -218,3 +262,30 @@ class QueryBlocks:
             return body(QueryBlock(self, index), carry)
 
         return jax.lax.fori_loop(0, count, step, varying_like(init, self.query))
+
+    def around(
+        self,
+        body: Callable[["QueryBlocks", Travelling, Carry], tuple[Travelling, Carry]],
+        travelling: Travelling,
+        init: Carry,
+    ) -> tuple[Travelling, Carry]:
+        """Arrays of the keys, and the carry, after `body(blocks, travelling, carry)`.
+
+        Where devices have parts of the tokens, `travelling` has this device's keys. It
+        goes round the ring of devices, `blocks` are those of the keys that it has, and
+        at the end each part is back. Otherwise `body` is called once.
+        """
+        axis = self.heads.problem.token_axis
+        if axis is None:
+            return body(self, travelling, init)
+        size, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+
+        def step(i, state):
+            blocks = copy.copy(self)
+            blocks.num_keys = self.heads.problem.s // size
+            blocks.first_key = (index + i) % size * blocks.num_keys
+            travelling, carry = body(blocks, *state)
+            return jax.lax.ppermute(travelling, axis, ring(axis)), carry
+
+        init = varying_like((travelling, init), self.query)
+        return jax.lax.fori_loop(0, size, step, init)

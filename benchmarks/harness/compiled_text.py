@@ -1,4 +1,4 @@
-"""Counts the products, exponentials and collectives of a compiled program.
+"""Counts products, exponentials, and collectives and their bytes in compiled programs.
 
 Read from its text, where a loop's body counts as often as it runs. XLA's own cost
 analysis counts it once.
@@ -19,8 +19,12 @@ _CALLED = re.compile(
 
 
 def count(program) -> collections.Counter:
-    """How often each device computes a product of two numbers (`multiply_add`), an
-    `exponential`, and each collective of a compiled program."""
+    """What each device does in a compiled program.
+
+    Products of two numbers that are added up (`multiply_add`), exponentials
+    (`exponential`), each collective by its name, and the bytes of its results by its
+    name and "bytes".
+    """
     bodies, entry = _computations(program.as_text())
     return _count(bodies, entry, {})
 
@@ -59,7 +63,9 @@ def _count(bodies, name, known):
         elif operation == "exponential":
             total["exponential"] += math.prod(shapes[result])
         elif operation.removesuffix("-start") in COLLECTIVES:
-            total[operation.removesuffix("-start")] += 1
+            collective = operation.removesuffix("-start")
+            total[collective] += 1
+            total[f"{collective} bytes"] += _bytes(shape)
         called = _CALLED.findall(line)
         branches = re.search(r"branch_computations=\{([^}]*)\}", line)
         if branches:
@@ -78,6 +84,15 @@ def _count(bodies, name, known):
 def _shape(text):
     found = re.match(r"\w+\[([\d,]*)\]", text)
     return [int(x) for x in found.group(1).split(",") if x] if found else []
+
+
+def _bytes(text):
+    """Of an array or a tuple of arrays."""
+    sizes = (
+        math.prod([int(x) for x in dims.split(",") if x]) * int(bits) // 8
+        for bits, dims in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", text)
+    )
+    return sum(sizes)
 
 
 def _products(line, shapes, result):
