@@ -81,7 +81,7 @@ def why_not(problem: Problem) -> str | None:
             f"and {problem.value_dim} of the values"
         )
     if problem.options.num_iters > MAX_ITERS:
-        return f"it takes {MAX_ITERS} iterations, got {problem.options.num_iters}"
+        return f"it takes up to {MAX_ITERS} iterations, got {problem.options.num_iters}"
     return why_not_options(problem)
 
 
