@@ -50,6 +50,7 @@ def test_marginals_of_what_traced_logits_exclude():
     assert "the same total" in found(potentials, LOGITS.at[:, 0].set(-jnp.inf))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["scaling", "streaming", "reference"])
 def test_attention(implementation):
     def attend(tokens, **options):

@@ -51,7 +51,7 @@ def gradients(options, operands, bias=None):
     return jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(operands, bias)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @plain
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_a_window_is_a_band_mask(implementation, window):
@@ -63,7 +63,7 @@ def test_a_window_is_a_band_mask(implementation, window):
     chex.assert_trees_all_close(got, expected, atol=1e-11)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @plain
 @pytest.mark.parametrize(
     "options",

@@ -32,7 +32,7 @@ def gradients(dtype, implementation, operands, weights, options):
     return call(*(x.astype(dtype) for x in operands))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("num_iters", [1, 10])
@@ -60,7 +60,7 @@ def test_large_offsets_leave_the_error_of_the_differences(
         assert max(error.values()) < 2e-5, error
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @plain
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_no_iterations_is_softmax_with_the_same_parameters():
     )
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bool", "int32", "bfloat16"])
 def test_padding_equals_cropping(batch, dtype):

@@ -322,7 +322,7 @@ def test_nnx_modes_and_missing_keys_of_dropout():
         bare(tokens(), deterministic=False)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @frameworks
 @pytest.mark.parametrize("kind", ["lengths", "mask", "segments", "marginals"])
 @pytest.mark.parametrize("is_self_attention", [True, False])
@@ -412,7 +412,7 @@ def test_junk_that_mask_and_lengths_exclude_together(framework, kind):
     chex.assert_trees_all_equal(gradients(np.nan), gradients(0.0))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @frameworks
 @pytest.mark.parametrize(
     "options",

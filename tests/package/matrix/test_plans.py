@@ -41,7 +41,7 @@ def test_agrees_with_the_oracle(implementation, dtype, shape):
     np.testing.assert_allclose(plan.astype("float64"), expected, atol=ATOL[dtype])
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(8)
 @implementations
 @pytest.mark.parametrize("finish", ["rows", "columns"])
 @pytest.mark.parametrize("given", ["", "rows", "columns", "rows and columns"])
@@ -173,6 +173,7 @@ def test_large_offsets_leave_the_error_of_the_differences(implementation, finish
 
 
 @implementations
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_column_potential_of_a_softmax_is_0(implementation, dtype):
     hot = jnp.zeros((4, 4), dtype).at[:, 0].set(1000.0)

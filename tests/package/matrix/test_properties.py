@@ -21,7 +21,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_what_holds_for_every_problem(program):
     check_many(program, 300 // len(PROGRAMS))

@@ -21,7 +21,7 @@ SHORT = [17, 33, 0], [20, 5, 20]
 
 
 @pytest.mark.few(1)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("regime", "num_iters", "interval", "valid"),
     [

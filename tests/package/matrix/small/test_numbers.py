@@ -80,7 +80,7 @@ def both(implementation, logits, a, b, **options):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(logits, a, b)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64_and_its_gradient(interpreted, constants, case):
     options = CASES[case]
