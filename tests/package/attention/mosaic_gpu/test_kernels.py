@@ -20,8 +20,7 @@ step = functools.partial(step_of, "mosaic_gpu")
 SHORT = [17, 33, 0], [20, 5, 20]
 
 
-@pytest.mark.few(1)
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("regime", "num_iters", "interval", "valid"),
     [
