@@ -2,7 +2,7 @@
 
 Problems of matrices and of attention. It goes on where it was stopped. Of a problem
 that fails it prints a simple form, on which the program's `check` fails again, and it
-ends with status 1.
+ends with status 1. When all have passed it writes tests/fuzz.json: the largest errors.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from support.properties import check_many
 from support.xla_flags import compile_quickly
 
 NETS = (random_matrices, random_attention)
+SUMMARY = pathlib.Path(__file__).with_suffix(".json")
 
 
 def main():
@@ -65,7 +66,22 @@ def main():
             name: float(f"{error:.2g}") for name, error in worst.items()
         }
         options.output.write_text(json.dumps(done, indent=1) + "\n")
+    if not has_failed:
+        SUMMARY.write_text(json.dumps(about | summary(programs, done), indent=1) + "\n")
     return has_failed
+
+
+def summary(programs, done):
+    """The number of programs and problems, and the largest errors of each kind."""
+    largest = {}
+    for program in programs:
+        net = "attention" if program.name.startswith("attention") else "matrices"
+        kind = f"{net}, {program.implementation}, {program.dtype}"
+        errors = largest.setdefault(kind, {})
+        for name, error in done["worst"][program.name].items():
+            errors[name] = max(error, errors.get(name, 0.0))
+    num_problems = len(programs) * done["examples"]
+    return {"programs": len(programs), "problems": num_problems, "largest": largest}
 
 
 if __name__ == "__main__":
