@@ -1,9 +1,11 @@
 """Steps of the site's build: pages outside docs/, links to them, and equations.
 
 Pages in docs/ link to committed files beside that folder, as GitHub resolves links. The
-site takes in every file that is linked so, under its path in the repository.
+site takes in every file that is linked so, under its path in the repository. A recipe
+of examples/ is a page: its docstring, its picture and its code.
 """
 
+import ast
 import html
 import os
 import pathlib
@@ -24,13 +26,22 @@ FIGURE = re.compile(r'(<img[^>]*src="([^"]+\.png)"[^>]*>)')
 # The name of a function before a letter, which needs a space between them.
 FUNCTION = re.compile(r"(<mi>(?:exp|log)</mi>)(?=<mi>|<msub>)")
 # Pages of the repository that only the navigation names.
-ALSO = ("CONTRIBUTING.md", "CHANGELOG.md")
+ALSO = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+# The page of each script with a picture.
+RECIPES = {
+    f"examples/{picture.stem}.py": f"examples/{picture.stem}.md"
+    for picture in sorted((ROOT / "examples" / "figures").glob("*.png"))
+}
 
 
 def on_files(files, config):
     """Adds what pages link to outside docs/, and what is linked from there."""
     known = {path_of(file): file for file in files}
     waiting = [path for path in known if path.endswith(".md")]
+    for script, page in RECIPES.items():
+        text = recipe(ROOT / script)
+        known[script] = File.generated(config, page, content=text)
+        files.append(known[script])
     for path in ALSO:
         known[path] = added(files, config, path)
         waiting.append(path)
@@ -46,6 +57,15 @@ def on_files(files, config):
     return files
 
 
+def recipe(script):
+    """The page of a script: its docstring, its picture and its code."""
+    code = script.read_text(encoding="utf-8")
+    title, _, about = ast.get_docstring(ast.parse(code)).partition("\n")
+    code = code.split('"""', 2)[2].strip()
+    picture = f"![What it draws](figures/{script.stem}.png)"
+    return f"# {title}\n{about}\n\n{picture}\n\n```python\n{code}\n```\n"
+
+
 def added(files, config, path):
     """The file of the repository, which becomes one of the site."""
     file = File.generated(config, path, abs_src_path=str(ROOT / path))
@@ -55,6 +75,8 @@ def added(files, config, path):
 
 def path_of(file):
     """The path in the repository of a file of the site."""
+    if file.abs_src_path is None:
+        return file.src_uri
     return os.path.relpath(file.abs_src_path, ROOT)
 
 
@@ -70,7 +92,7 @@ def on_page_markdown(markdown, page, config, files):
     path = path_of(page.file)
     targets = linked(path, markdown)
     sources = {path_of(file): file.src_uri for file in files if file.abs_src_path}
-    sources["README.md"] = "index.md"
+    sources |= {"README.md": "index.md"} | RECIPES
     folder = posixpath.dirname(page.file.src_uri)
 
     def replaced(match):

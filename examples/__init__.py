@@ -1,0 +1,1 @@
+"""Recipes: each module is one script, run with `python -m examples.<name>`."""
