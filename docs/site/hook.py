@@ -62,8 +62,9 @@ def recipe(script):
     code = script.read_text(encoding="utf-8")
     title, _, about = ast.get_docstring(ast.parse(code)).partition("\n")
     code = code.split('"""', 2)[2].strip()
+    about = re.sub(r"https://[^\s)]*[^\s),.]", r"<\g<0>>", about)
     picture = f"![What it draws](figures/{script.stem}.png)"
-    return f"# {title}\n{about}\n\n{picture}\n\n```python\n{code}\n```\n"
+    return f"# {title.rstrip('.')}\n{about}\n\n{picture}\n\n```python\n{code}\n```\n"
 
 
 def added(files, config, path):
