@@ -51,6 +51,17 @@ def has_mass(marginal: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
     return ~(jnp.abs(marginal) < jnp.finfo(marginal.dtype).tiny)
 
 
+def power_of_2(largest: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The power of 2 by which a marginal with this maximum is divided to be near 1.
+
+    A plan is proportional to its marginals, and products of scalings with very large or
+    small ones would leave the range of the dtype. A power of 2 changes no digit.
+    """
+    is_usable = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
+    return jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+
+
 def complete(
     a: Float[Array, "*batch T"] | None,
     b: Float[Array, "*batch S"] | None,
@@ -157,14 +168,10 @@ def check_totals(
         )
 
 
-def check_traced(
-    names: Names,
-    a: Float[Array, "*batch T"],
-    b: Float[Array, "*batch S"],
-    tau: Float[Array, "*batch"] | None,
-    rtol: float,
+def check_traced_signs(
+    names: Names, a: Float[Array, "*batch T"], b: Float[Array, "*batch S"]
 ) -> None:
-    """The checks of signs and totals for values that are not known, if asked for."""
+    """The check of signs for values that are not known, if asked for."""
     if not has_traced_checks() or 0 in a.shape:
         return
     for name, x in ((names.rows, a), (names.cols, b)):
@@ -175,6 +182,18 @@ def check_traced(
             low=x.min(),
             high=x.max(),
         )
+
+
+def check_traced_totals(
+    names: Names,
+    a: Float[Array, "*batch T"],
+    b: Float[Array, "*batch S"],
+    tau: Float[Array, "*batch"] | None,
+    rtol: float,
+) -> None:
+    """The check of totals for values that are not known, if asked for."""
+    if not has_traced_checks() or 0 in a.shape:
+        return
     checkify.check(
         ~_excess(a, b, tau, rtol).any(),
         f"{names.rows} and {names.cols} must have the same total: no plan has both. "

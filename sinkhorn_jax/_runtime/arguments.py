@@ -69,6 +69,9 @@ def known_values(x: Any) -> np.ndarray | None:
     """
     if isinstance(x, np.ndarray):
         return x
+    if isinstance(x, (list, tuple)):
+        are_arrays = any(isinstance(y, jax.Array) for y in jax.tree.leaves(x))
+        return None if are_arrays else np.asarray(x)
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     if not x.is_fully_addressable:

@@ -1,5 +1,6 @@
 """A call of attention: its problem, its operands, and the table of implementations."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -123,10 +124,16 @@ def attend(
         part = part_of(problem, operands)
         operands, valid = without_padding(part, complete_marginals(part, operands))
         operands, unit = to_unit_marginals(part, operands)
+        if unit is not None and part.dtype == jnp.float16:
+            # An output in units of the marginals may be outside the range of float16.
+            part = dataclasses.replace(part, dtype=jnp.dtype("float32"))
+            query, key, value = (x.astype(part.dtype) for x in operands[:3])
+            operands = operands._replace(query=query, key=key, value=value)
         with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
             out, error = chosen.attend(part, operands)
         if unit is not None:
             out = out * jnp.swapaxes(unit, 1, 2)[..., None].astype(out.dtype)
+            out = out.astype(problem.dtype)
         return out if valid is None else jnp.where(valid.rows, out, 0), error
 
     return by_typed_part(of_part, (AXES,), RESULT_AXES, operands, why_whole=WHY_WHOLE)

@@ -11,10 +11,12 @@ from .._core.marginals import (
     Names,
     check_signs,
     check_totals,
-    check_traced,
+    check_traced_signs,
+    check_traced_totals,
     complete,
     floating_marginal,
     is_known,
+    power_of_2,
     totals_rtol,
 )
 from .._core.precision import accum_dtype
@@ -39,7 +41,9 @@ def with_given_marginals(
     operands = operands._replace(row_marginal=a, col_marginal=b)
     if has_traced_checks():
         a, b = _completed(problem, operands)
-        check_traced(NAMES, a, b, operands.tau, rtol)
+        check_traced_signs(NAMES, a, b)
+        cols = b != 0
+        check_traced_totals(NAMES, *_totals(operands, a, b, cols), rtol)
     return operands
 
 
@@ -103,31 +107,31 @@ def _check_known(problem, operands, given, rtol):
     is_decided = all_known and (tau is None or is_known(tau))
     if a is None or b is None or not is_decided:
         return
+    hint = "" if operands.segments is None else "Each segment has totals of its own."
+    check_totals(NAMES, *_totals(operands, a, b, cols), rtol, hint)
+
+
+def _totals(
+    operands: Operands, a: Array, b: Array, cols: Array
+) -> tuple[Array, Array, Array | None]:
+    """Marginals, or their totals by segment, whose totals must agree; then the tau."""
     if operands.segments is None:
-        check_totals(NAMES, a, b, tau, rtol, "")
-        return
+        return a, b, operands.tau
+    tau = operands.tau
     tau = None if tau is None else jnp.broadcast_to(tau[..., None], b.shape)
-    query, key = operands.segments.of_heads(problem.num_heads)
-    totals = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
-    totals = (jnp.where(cols, x, 0)[..., None] for x in totals)
-    check_totals(NAMES, *totals, tau, rtol, "Each segment has totals of its own.")
+    query, key = operands.segments.of_heads(b.shape[1])
+    of_rows, of_cols = totals_by_segment(a, query, key), totals_by_segment(b, key, key)
+    of_rows, of_cols = (jnp.where(cols, x, 0)[..., None] for x in (of_rows, of_cols))
+    return of_rows, of_cols, tau
 
 
 def to_unit_marginals(
     problem: Problem, operands: Operands
 ) -> tuple[Operands, Float[Array, "B N 1"] | None]:
-    """The operands with marginals near 1, and what the output must be multiplied by.
-
-    A plan is proportional to its marginals. Very large or small ones would take
-    products of the passes out of range.
-    """
+    """The operands with marginals near 1, and what the output must be multiplied by."""
     a, b = operands.row_marginal, operands.col_marginal
     if a is None or b is None:
         return operands, None
     top = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
-    top = largest(problem.token_axis, top)
-    is_usable = (top > 0) & jnp.isfinite(top)
-    # A power of 2, which changes no digit.
-    _, exponent = jnp.frexp(jnp.where(is_usable, top, 1))
-    unit = jnp.ldexp(jnp.ones_like(top), exponent - 1)
+    unit = power_of_2(largest(problem.token_axis, top))
     return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit

@@ -279,13 +279,23 @@ def _triangles(allowed, t, numpy):
     """Whether any entry is allowed below the diagonal, and any above it.
 
     Heads and elements in which only padding is excluded are left out: padding may leave
-    one triangle.
+    one triangle. Where no token may attend to itself, the diagonal is that of the
+    tokens that are left without padding: the second half of a sequence may attend to
+    the first.
     """
     allowed = allowed.reshape(-1, t, t)
     rows, cols = allowed.any(axis=2), allowed.any(axis=1)
     is_padding = (allowed == rows[:, :, None] & cols[:, None, :]).all(axis=(1, 2))
-    allowed = (allowed & ~is_padding[:, None, None]).any(axis=0)
-    return numpy.tril(allowed, -1).any(), numpy.triu(allowed, 1).any()
+    allowed = allowed & ~is_padding[:, None, None]
+    has_diagonal = numpy.diagonal(allowed, axis1=1, axis2=2).any()
+    places = [x.cumsum(axis=1) for x in (rows, cols)]
+    position = numpy.arange(t, dtype=places[0].dtype)[None]
+    row_places, col_places = (numpy.where(has_diagonal, position, x) for x in places)
+    distance = row_places[:, :, None] - col_places[:, None, :]
+    is_square = has_diagonal | (rows.sum(axis=1) == cols.sum(axis=1))
+    is_neither = (allowed & ~is_square[:, None, None]).any()
+    below, above = (allowed & (distance > 0)).any(), (allowed & (distance < 0)).any()
+    return below | is_neither, above | is_neither
 
 
 def _is_allowed_by_bias(x):

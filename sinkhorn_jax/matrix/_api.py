@@ -1,13 +1,15 @@
 """The matrix functions: signatures, and the table of implementations."""
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.gradient import Exact, Gradient
+from .._core.marginals import power_of_2
 from .._core.options import Finish, Options
 from .._runtime.arguments import as_array, refuse_no_number
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
@@ -134,8 +136,13 @@ def sinkhorn(
         logits, row_marginal, col_marginal, where, column_tau, options
     )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    solve = functools.partial(_solve, chosen.plan, problem, implementation)
-    plan = by_typed_part(solve, problem.axes, problem.axes, matrices, why_whole=WHOLE)
+
+    def of_part(matrices):
+        matrices, unit = _to_unit(problem, matrices)
+        plan = _solve(chosen.plan, problem, implementation, matrices)
+        return plan if unit is None else plan * unit[..., None]
+
+    plan = by_typed_part(of_part, problem.axes, problem.axes, matrices, why_whole=WHOLE)
     return plan.astype(problem.dtype)
 
 
@@ -191,13 +198,29 @@ def sinkhorn_potentials(
         logits, row_marginal, col_marginal, where, column_tau, options
     )
     chosen = select(IMPLEMENTATIONS, implementation, problem)
-    solve = functools.partial(_solve, chosen.potentials, problem, implementation)
-    return by_typed_part(solve, problem.axes, problem.axes, matrices, why_whole=WHOLE)
+
+    def of_part(matrices):
+        matrices, unit = _to_unit(problem, matrices)
+        found = _solve(chosen.potentials, problem, implementation, matrices)
+        if unit is None:
+            return found
+        return found._replace(f=jnp.where(matrices.a == 0, 0, found.f + jnp.log(unit)))
+
+    return by_typed_part(of_part, problem.axes, problem.axes, matrices, why_whole=WHOLE)
 
 
 def _solve(solve, problem, implementation, matrices):
     with in_terms_of_the_call(IMPLEMENTATIONS, implementation):
         return solve(problem.part_of(matrices), matrices)
+
+
+def _to_unit(problem, matrices):
+    """The matrices with marginals near 1, and the unit (..., 1) of those given."""
+    if not problem.has_marginals:
+        return matrices, None
+    top = jax.lax.stop_gradient(matrices.a).max(axis=-1, keepdims=True)
+    unit = power_of_2(top)
+    return matrices._replace(a=matrices.a / unit, b=matrices.b / unit), unit
 
 
 def _check_arrays(logits, row_marginal, col_marginal, where):

@@ -20,6 +20,7 @@ class Problem:
     s: int
     dtype: jnp.dtype  # Of the result; computation is in float32 at least.
     options: Options
+    has_marginals: bool = False  # That the caller gave.
     has_tau: bool = False
 
     @property

@@ -10,7 +10,8 @@ from .._core.marginals import (
     broadcast,
     check_signs,
     check_totals,
-    check_traced,
+    check_traced_signs,
+    check_traced_totals,
     checked_tau,
     complete,
     floating_marginal,
@@ -59,6 +60,7 @@ def validated(
         s=s,
         dtype=logits.dtype,
         options=options,
+        has_marginals=a is not None or b is not None,
         has_tau=tau is not None,
     )
     _check_values(problem, dtype, *given, tau)
@@ -84,7 +86,9 @@ def validated(
     a, b = complete(a, b, rows, cols, dtype)
     has_marginals = row_marginal is not None or col_marginal is not None
     if has_marginals and not all(x is None or is_known(x) for x in given):
-        check_traced(NAMES, a, b, tau, totals_rtol(row_marginal, col_marginal))
+        check_traced_signs(NAMES, a, b)
+        rtol = totals_rtol(row_marginal, col_marginal)
+        check_traced_totals(NAMES, a, b, tau, rtol)
     return problem, Matrices(logits, a, b, tau)
 
 

@@ -50,6 +50,23 @@ def test_marginals_of_what_traced_logits_exclude():
     assert "the same total" in found(potentials, LOGITS.at[:, 0].set(-jnp.inf))
 
 
+def test_totals_of_each_segment():
+    ids = jnp.arange(8) // 4 + 1
+
+    def attend(rows, cols):
+        return sinkhorn_attention(
+            *[TOKENS] * 3,
+            query_marginal=rows,
+            key_marginal=cols,
+            query_segment_ids=ids,
+            key_segment_ids=ids,
+        )
+
+    rows = jnp.ones(8).at[0].set(2.0)
+    assert found(attend, rows, rows) is None
+    assert "the same total" in found(attend, rows, rows[::-1])
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("implementation", ["scaling", "streaming", "reference"])
 def test_attention(implementation):
@@ -68,6 +85,8 @@ def test_attention(implementation):
     assert "causal" in found(with_mask, TOKENS, CAUSAL.T[None, None])
     padding = jnp.arange(8) < 7
     assert found(with_mask, TOKENS, padding[:, None] & padding[None]) is None
+    halves = jnp.arange(8) // 4
+    assert found(with_mask, TOKENS, halves[:, None] > halves[None]) is None
     with_bias = lambda x, bias: attend(x, bias=bias)
     assert "causal" in found(with_bias, TOKENS, jnp.where(CAUSAL, 0.0, -jnp.inf))
     assert found(with_bias, TOKENS, jnp.ones((8, 8))) is None

@@ -101,10 +101,14 @@ class TestCausal:
             {"mask": mask},
             {"mask": np.broadcast_to(mask, (B, 1, T, T)) & (np.arange(T) < 3)},
             {"mask": mask.T},
+            {"mask": np.tril(mask, -1)},
             {"bias": np.where(mask, 0, -np.inf)},
             {"bias": np.where(mask, 0, -1e9)[None]},
         ],
-        ids=["mask", "with padding", "reversed", "bias", "large negative bias"],
+        ids=[
+            *("mask", "with padding", "reversed", "without the diagonal"),
+            *("bias", "large negative bias"),
+        ],
     )
     def test_is_explained(self, options):
         query, key, value = inputs(s=T)
@@ -128,6 +132,22 @@ class TestCausal:
         for mask in (blocks, np.eye(T, dtype=bool), causal_in_one_element[:, None]):
             sinkhorn_attention(query, key, value, mask=mask, num_iters=1)
         sinkhorn_attention(*inputs(), mask=np.tri(T, S, dtype=bool), num_iters=1)
+
+    def test_a_list_is_examined(self, unchecked):
+        with pytest.raises(ValueError, match=self.says):
+            sinkhorn_attention(*inputs(s=T), mask=self.mask.tolist())
+
+    def test_one_triangle_without_the_diagonal_may_have_a_plan(self):
+        half = T // 2
+        reads_the_first_half = np.zeros((T, T), bool)
+        reads_the_first_half[-half:, :half] = True
+        reads_the_first_half[-half, 0] = False
+        previous = np.eye(T, k=-1, dtype=bool)
+        for mask in (reads_the_first_half, previous, previous.T):
+            _, error = sinkhorn_attention(
+                *inputs(s=T), mask=mask, num_iters=50, return_marginal_error=True
+            )
+            assert error.max() < 0.1
 
     @pytest.mark.parametrize(("rows", "cols"), [(1, 4), (4, 1), (1, 1)])
     def test_padding_that_leaves_one_triangle_is_not(self, rows, cols):

@@ -436,3 +436,38 @@ def test_arguments_that_say_the_default_change_no_program(name):
     assert "pow" not in plain
     defaults = {"query_marginal": None, "key_marginal": None, "tolerance": None}
     assert lowered(column_tau=1.0, **defaults) == plain
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize(("mass", "value"), [(7e4, 0.1), (1e5, 0.0), (1e-8, 1e4)])
+def test_float16_outputs_in_range_with_marginals_that_are_not(
+    implementation, mass, value
+):
+    query = jnp.zeros((4, 1, 8), jnp.float16)
+    marginal = jnp.full(4, mass, jnp.float32)
+
+    def attend(value):
+        options = {"key_marginal": marginal, "implementation": implementation}
+        return sinkhorn_attention(query, query, value, **options)
+
+    values = jnp.full((4, 1, 2), value, jnp.float16)
+    np.testing.assert_allclose(attend(values), mass * value, rtol=2e-3, atol=1e-7)
+
+
+def test_gradients_of_float16_with_large_marginals():
+    query, key, value = (x[0] for x in inputs("float16"))
+    marginal = jnp.full(T, 3e4, jnp.float32)
+
+    def gradient(dtype):
+        def loss(query):
+            operands = (x.astype(dtype) for x in (query, key, 1e-3 * value))
+            out = sinkhorn_attention(*operands, query_marginal=marginal)
+            return (4 * jnp.sin(jnp.arange(T, dtype=dtype))[:, None, None] * out).sum()
+
+        return jax.grad(loss)(query.astype(dtype))
+
+    expected = gradient("float32")
+    size = jnp.abs(expected).max()
+    got = gradient("float16").astype(jnp.float32)
+    np.testing.assert_allclose(got / size, expected / size, atol=1e-2)

@@ -222,3 +222,29 @@ def test_a_batch_takes_log_space_matrix_by_matrix():
         (sinkhorn(mixed[:1], 50)[0], gradient(mixed[:1])[0]),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("size", [1e9, 1e21])
+def test_large_marginals_and_excluded_entries(size):
+    """Products of scalings may be infinite where the kernel matrix is 0."""
+    where = jnp.array([[False, True], [True, False]])
+    marginal = size * jnp.array([1, 10], jnp.float32)
+    for num_iters in (20, 29):
+        got = sinkhorn(jnp.zeros((2, 2)), num_iters, row_marginal=marginal, where=where)
+        expected = np.diag(marginal)[:, ::-1]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_gradients_of_potentials_for_marginals_near_the_end_of_float32():
+    logits = jnp.asarray(random(0, (4, 5)), jnp.float32)
+    marginal = jnp.arange(1, 5, dtype=jnp.float32)
+
+    def gradient(size):
+        def loss(logits, marginal):
+            found = sinkhorn_potentials(logits, row_marginal=marginal)
+            return found.f[:3].sum() - found.f[3] + found.g[0]
+
+        dlogits, da = jax.grad(loss, (0, 1))(logits, marginal * size)
+        return dlogits, da * size
+
+    chex.assert_trees_all_close(gradient(1e37), gradient(1.0), atol=1e-4)
