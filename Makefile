@@ -37,7 +37,7 @@ GPU := $(if $(filter .venv/bin,$(BIN)),needs-gpu .venv/installed-$(CUDA))
 ON_GPU = $(or $(firstword $(wildcard $(BIN)/python $(BIN)/python3)),$(BIN)/python)
 
 .PHONY: demo report test check-results test-all fuzz mutation benchmark clean
-.PHONY: test-wheel test-newest docs docs-serve
+.PHONY: test-wheel test-newest dist docs docs-serve
 .PHONY: compile-table compile-table-gpu
 .PHONY: gpu gpu-test gpu-benchmark gpu-blocks gpu-matrices needs-gpu
 # Programs that share a device must not run at the same time.
@@ -72,6 +72,14 @@ test-wheel: $(INSTALLED)
 	runs/wheel/venv/bin/python -m pip install --quiet runs/wheel/*.whl
 	cd runs/wheel && venv/bin/python -I -W error ../../tests/bare.py
 
+# The source distribution and the wheel, which has the package alone.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[release]'
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/distribution.py dist
+
 # The suite on the newest Python and the newest packages there are. Their warnings are no
 # failures.
 test-newest:
@@ -94,7 +102,7 @@ fuzz: $(INSTALLED)
 
 # Random changes of the code, to see which ones the tests notice: some hours.
 mutation: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mutation]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutation]'
 	$(BIN)/python tests/mutation.py
 
 benchmark: $(PEERS)
