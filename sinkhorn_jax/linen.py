@@ -218,10 +218,12 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             ),
         )
         nn.share_scope(self, layer)
+        masks = masks.checked(inputs_q, inputs_k, inputs_v, self.num_heads)
         if inputs_k is None:
             masks = masks.of_self_attention()
+        window = self.local_window_size
         return layer(
-            *masks.zero_padding(inputs_q, inputs_k, inputs_v),
+            *masks.zero_padding(inputs_q, inputs_k, inputs_v, window),
             mask=masks,
             deterministic=deterministic,
             dropout_rng=dropout_rng,
