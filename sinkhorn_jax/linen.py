@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
-from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
+from ._flax import SINGLE_QUERY, PlanOptions, is_learned_tau, tau_logit
+from ._flax_mask import LayerMask
 from .attention._call import AttentionImplementation
 from .attention._problem import Dropout
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import sinkhorn_jax.linen
 import sinkhorn_jax.nnx
-from sinkhorn_jax._flax import LayerMask
+from sinkhorn_jax._flax_mask import LayerMask
 
 HEADS, FEATURES, T, S = 2, 8, 6, 5
 THREE = {"query_segment_ids": [[1, 1, 2, 2, 3, 3]]}
