@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -60,8 +61,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-iters", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(args)
+    # Without x64 the arrays would be float32.
+    wide = jax.enable_x64(True) if given.dtype == "float64" else nullcontext()
     try:
-        problem = _problem(given)
+        with wide:
+            problem = _problem(given)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     found = report(problem)
@@ -79,7 +83,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _positive(text):
-    if (value := int(text)) < 1:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least 1, got {text!r}"
+        ) from None
+    if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 

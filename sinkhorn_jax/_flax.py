@@ -1,4 +1,4 @@
-"""Attention as Flax's layers call it: batch axes, masks, padding, and the plan itself.
+"""Attention as Flax's layers call it: batch axes, marginals, and the plan itself.
 
 This module handles arrays only and does not import Flax.
 """
@@ -7,17 +7,17 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from ._core.checks import number
 from ._core.gradient import Gradient
-from ._core.marginals import floating_marginal, has_mass, static_tau
+from ._core.marginals import static_tau
 from ._core.options import Finish, Options
-from ._runtime.arguments import as_array, known_values
+from ._flax_mask import LayerMask, broadcasts
+from ._runtime.arguments import as_array
 from ._runtime.dispatch import check_name
 from ._runtime.explicit_axes import merge_axes
 from .attention._call import (
@@ -43,70 +43,6 @@ SINGLE_QUERY: Final = (
     "{} makes a plan of a single row, and the only one with equal columns is uniform, "
     "whatever the logits. Use Flax's own dot_product_attention for decoding."
 )
-
-
-class LayerMask(NamedTuple):
-    """What a multi-head layer passes to its `attention_fn` in place of the mask."""
-
-    mask: Array | None
-    query_seq_lengths: Integer[Array, "..."] | None = None  # Broadcast to *batch.
-    key_value_seq_lengths: Integer[Array, "..."] | None = None
-    sow_error: Callable[[Array], Any] | None = None
-    plan_options: "PlanOptions | None" = None  # Instead of those of the function.
-    query_marginal: Float[Array, "..."] | None = None  # Broadcast to (*batch, N, T).
-    key_marginal: Float[Array, "..."] | None = None
-    column_tau: Float[Array, " N"] | None = None  # Instead of that of the options.
-    query_segment_ids: Integer[Array, "..."] | None = None  # Broadcast to (*batch, T).
-    key_segment_ids: Integer[Array, "..."] | None = None
-
-    def of_self_attention(self) -> "LayerMask":
-        """Mask and lengths for self-attention: queries and keys are the same tokens.
-
-        Lengths of the keys that are not given are those of the queries, and a mask of
-        the keys alone excludes the queries of the same tokens too.
-        """
-        mask, lengths = self.mask, self.key_value_seq_lengths
-        if lengths is None:
-            lengths = self.query_seq_lengths
-        if mask is not None:
-            values = known_values(mask)
-            # With NumPy where possible: values stay known, to be examined, under `jit`.
-            numpy: Any = jnp if values is None else np
-            mask = as_array("mask", mask) if values is None else values
-            mask = numpy.atleast_2d(mask.astype(bool))
-            if mask.shape[-2] == 1:
-                mask = mask & numpy.swapaxes(mask, -1, -2)
-        ids = self.key_segment_ids
-        if ids is None:
-            ids = self.query_segment_ids
-        return self._replace(
-            mask=mask, key_value_seq_lengths=lengths, key_segment_ids=ids
-        )
-
-    def zero_padding(
-        self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None
-    ) -> tuple[Array, Array | None, Array | None]:
-        """The inputs of a layer with 0 for tokens that mask and lengths leave out.
-
-        NaN there would reach the gradients of the projections, as 0 times NaN.
-        """
-        *batch, t, _ = inputs_q.shape
-        s = t if inputs_k is None else inputs_k.shape[-2]
-        queries = _within(self.query_seq_lengths, (*batch, t))
-        keys = _within(self.key_value_seq_lengths, (*batch, s))
-        queries = _in_segment(self.query_segment_ids, (*batch, t), queries)
-        keys = _in_segment(self.key_segment_ids, (*batch, s), keys)
-        a, b = self.query_marginal, self.key_marginal
-        queries = _with_mass("query_marginal", a, (*batch, t), queries)
-        keys = _with_mass("key_marginal", b, (*batch, s), keys)
-        if self.mask is not None:
-            queries, keys = _allowed(self.mask, queries, keys, batch, t, s)
-        if inputs_k is None:
-            # The same tokens are queries and keys.
-            queries = None if queries is None or keys is None else queries | keys
-            return _keep(inputs_q, queries), None, _keep(inputs_v, queries)
-        inputs_v = inputs_k if inputs_v is None else inputs_v
-        return _keep(inputs_q, queries), _keep(inputs_k, keys), _keep(inputs_v, keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +133,7 @@ class PlanOptions:
         query, key = (
             None
             if x is None
-            else jnp.broadcast_to(x, (*batch, length)).reshape(-1, length)
+            else merge_axes(jnp.broadcast_to(x, (*batch, length)), len(batch))
             for x, length in ids
         )
         return GivenPattern(query, key, self.local_window_size)
@@ -250,62 +186,6 @@ def tau_logit(initial: float) -> float:
     return math.log(initial / (1 - initial))
 
 
-def _within(lengths, shape):
-    """Tokens (*batch, L) within the lengths; None means all."""
-    if lengths is None:
-        return None
-    lengths = jnp.broadcast_to(jnp.asarray(lengths), shape[:-1]).astype(jnp.int32)
-    position = jnp.arange(shape[-1], dtype=jnp.int32)
-    return jnp.broadcast_to(position, shape) < lengths[..., None]
-
-
-def _in_segment(ids, shape, tokens):
-    """The tokens (*batch, L) that are in a segment too; None means all."""
-    if ids is None:
-        return tokens
-    inside = jnp.broadcast_to(jnp.asarray(ids) > 0, shape)
-    return inside if tokens is None else inside & tokens
-
-
-def _with_mass(name, marginal, shape, tokens):
-    """The tokens (*batch, L) that have mass in a head too; None means all."""
-    if marginal is None:
-        return tokens
-    floating: Any = floating_marginal(name, marginal, jnp.shape(marginal))
-    has_any = has_mass(floating)
-    if has_any.ndim > 1:
-        has_any = has_any.any(axis=-2)
-    has_any = jnp.broadcast_to(has_any, shape)
-    return has_any if tokens is None else has_any & tokens
-
-
-def _allowed(mask, queries, keys, batch, t, s):
-    """Queries and keys that the mask allows for one that is within its lengths.
-
-    A mask that does not fit is left for the attention to refuse.
-    """
-    mask = jnp.atleast_2d(as_array("mask", mask)).astype(bool)
-    axes = len(batch) + 3  # With one for the heads.
-    lead = max(mask.ndim - axes, 0)
-    aligned = zip(mask.shape[:-3][::-1], batch[::-1], strict=False)
-    fits = all(n == 1 for n in mask.shape[:lead]) and all(
-        n in (1, m) for n, m in aligned
-    )
-    if not (fits and mask.shape[-2] in (1, t) and mask.shape[-1] in (1, s)):
-        return queries, keys
-    mask = mask.reshape((1,) * (axes - mask.ndim) + mask.shape[lead:])
-    of_keys = mask if keys is None else mask & keys[..., None, None, :]
-    of_queries = mask if queries is None else mask & queries[..., None, :, None]
-    rows = jnp.broadcast_to(of_keys.any(axis=(-1, -3)), (*batch, t))
-    cols = jnp.broadcast_to(of_queries.any(axis=(-2, -3)), (*batch, s))
-    rows = rows if queries is None else rows & queries
-    return rows, cols if keys is None else cols & keys
-
-
-def _keep(x, used):
-    return x if x is None or used is None else jnp.where(used[..., None], x, 0)
-
-
 def _check_mask(mask, t, s, has_query_lengths):
     if t == 1 and s > 1:
         raise ValueError(SINGLE_QUERY.format(f"A mask with one query for {s} keys"))
@@ -327,10 +207,10 @@ def _with_one_batch_axis(name, x, batch, num_axes=3):
     lead, rest = x.shape[:-num_axes], x.shape[-num_axes:]
     if all(n == 1 for n in lead):
         return x.reshape(1, *rest)
-    if len(lead) > len(batch):
+    if not broadcasts(lead, batch):
         axes = "(*batch, heads, T, S)" if num_axes == 3 else "(*batch, heads, tokens)"
         raise ValueError(
             f"{name} must broadcast to {axes} with batch axes {batch}, got shape "
             f"{x.shape}."
         )
-    return jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)
+    return jnp.broadcast_to(x, (*batch, *rest)).reshape(math.prod(batch), *rest)

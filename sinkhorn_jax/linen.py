@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
-from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
+from ._flax import SINGLE_QUERY, PlanOptions, is_learned_tau, tau_logit
+from ._flax_mask import LayerMask
 from .attention._call import AttentionImplementation
 from .attention._problem import Dropout
 
@@ -218,10 +219,12 @@ class MultiHeadSinkhornAttention(nn.MultiHeadDotProductAttention):
             ),
         )
         nn.share_scope(self, layer)
+        masks = masks.checked(inputs_q, inputs_k, inputs_v, self.num_heads)
         if inputs_k is None:
             masks = masks.of_self_attention()
+        window = self.local_window_size
         return layer(
-            *masks.zero_padding(inputs_q, inputs_k, inputs_v),
+            *masks.zero_padding(inputs_q, inputs_k, inputs_v, window),
             mask=masks,
             deterministic=deterministic,
             dropout_rng=dropout_rng,

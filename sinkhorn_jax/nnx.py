@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Integer
 
 from ._core.gradient import Exact, Gradient
 from ._core.options import Finish
-from ._flax import SINGLE_QUERY, LayerMask, PlanOptions, is_learned_tau, tau_logit
+from ._flax import SINGLE_QUERY, PlanOptions, is_learned_tau, tau_logit
+from ._flax_mask import LayerMask
 from .attention._call import AttentionImplementation
 from .attention._problem import Dropout
 
@@ -274,8 +275,10 @@ class MultiHeadSinkhornAttention(nnx.MultiHeadAttention):
             *(query_marginal, key_marginal, tau),
             *(query_segment_ids, key_segment_ids),
         )
+        masks = masks.checked(inputs_q, inputs_k, inputs_v, self.num_heads)
         if inputs_k is None:
             masks = masks.of_self_attention()
-        inputs = masks.zero_padding(inputs_q, inputs_k, inputs_v)
+        window = self.local_window_size
+        inputs = masks.zero_padding(inputs_q, inputs_k, inputs_v, window)
         as_mask: Any = masks  # Flax passes it on to the attention function.
         return super().__call__(*inputs, mask=as_mask, decode=False, **options)

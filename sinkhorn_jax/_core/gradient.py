@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from .._runtime.arguments import refuse_no_number
 from .checks import integer, number
 
 
@@ -73,7 +74,9 @@ class Implicit:
     max_iters: int = 1000
 
     def __post_init__(self):
-        object.__setattr__(self, "tolerance", number("tolerance", self.tolerance))
+        refuse_no_number("Implicit.tolerance", self.tolerance)
+        tolerance = number("Implicit.tolerance", self.tolerance)
+        object.__setattr__(self, "tolerance", tolerance)
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(
                 "Implicit.tolerance must be positive and finite, got "

@@ -1,5 +1,6 @@
 """Operations on arrays whose types say how a mesh with Explicit axes divides them."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,4 +48,5 @@ def merge_axes(x: Array, num_axes: int) -> Shaped[Array, "..."]:
         if whole:
             spec[whole[0] : num_axes] = [None] * (num_axes - whole[0])
         x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-    return x.reshape(-1, *x.shape[num_axes:])
+    # Not -1, which no array without entries determines.
+    return x.reshape(math.prod(x.shape[:num_axes]), *x.shape[num_axes:])

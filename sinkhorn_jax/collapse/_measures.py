@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._runtime.arguments import as_array
+
 Norm = Literal["fro", "spectral", "1inf"]
 NORMS: Final[tuple[Norm, ...]] = get_args(Norm)
 
@@ -157,7 +159,7 @@ def token_measures(
 
 def prepare(name, x, where):
     """The checked x, in its working dtype, 0 where tokens are excluded; and `where`."""
-    x = jnp.asarray(x)
+    x = as_array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be real and floating, got {x.dtype}: the measures are "
@@ -172,7 +174,7 @@ def prepare(name, x, where):
         x = x.astype(jnp.float32)
     if where is None:
         return x, jnp.ones(x.shape[:-1], bool)
-    where = jnp.asarray(where)
+    where = as_array("where", where)
     if where.dtype != jnp.bool_:
         raise TypeError(
             f"where must be boolean, got {where.dtype}: a token counts or does not. "

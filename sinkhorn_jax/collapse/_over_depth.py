@@ -65,13 +65,14 @@ def measures_over_depth(
             float64, or is float64 without x64.
     """
     hidden_states = as_layers("hidden_states", hidden_states)
+    where = None if where is None else as_array("where", where)
     plans = None if plans is None else as_layers("plans", plans)
-    _check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
+    check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
     cast = _cast_to(dtype)
     tokens = lax.map(lambda x: token_measures(cast(x), where), hidden_states)
     if plans is None:
         return Measures(*tokens, attention_entropy=None)
-    _check_depth("plans", plans, "Use plan[None] for a single layer.")
+    check_depth("plans", plans, "Use plan[None] for a single layer.")
     num_heads_axes = plans.ndim - hidden_states.ndim
     if num_heads_axes < 0:
         raise ValueError(
@@ -104,7 +105,7 @@ def residual_over_depth(
         The ratios, with the layers on the first axis.
     """
     hidden_states = as_layers("hidden_states", hidden_states)
-    _check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
+    check_depth("hidden_states", hidden_states, "For one layer use relative_residual.")
     return jax.vmap(lambda x: relative_residual(x, norm, where))(hidden_states)
 
 
@@ -124,7 +125,8 @@ def as_layers(name: str, layers: Array | Sequence[Array]) -> Array:
     return jnp.stack(arrays)
 
 
-def _check_depth(name, x, instead):
+def check_depth(name: str, x: Array, instead: str) -> None:
+    """Raises for an array without an axis of layers; the error ends with `instead`."""
     if x.ndim < 3:
         raise ValueError(
             f"{name} must be (depth, ..., rows, columns), got {x.shape}: its first "
@@ -135,8 +137,12 @@ def _check_depth(name, x, instead):
 def _cast_to(dtype):
     if dtype is None:
         return lambda x: x
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.float64):
+    try:
+        dtype = jnp.dtype(dtype)
+        is_known = dtype in (jnp.float32, jnp.float64)
+    except TypeError:  # NumPy has no such dtype.
+        is_known, dtype = False, repr(dtype)
+    if not is_known:
         raise ValueError(
             f"dtype must be float32 or float64, got {dtype}: singular values are not "
             "computed in others. None takes the narrowest that holds the input."

@@ -81,8 +81,8 @@ def remaining_error(
     Returns:
         A number from 0 to 1.
     """
-    rate = as_array("rate", rate)
-    return jnp.power(rate, jnp.asarray(num_iters).astype(rate.dtype))
+    rate = _floating("rate", rate)
+    return jnp.power(rate, as_array("num_iters", num_iters).astype(rate.dtype))
 
 
 def iterations_to_reduce(
@@ -100,8 +100,8 @@ def iterations_to_reduce(
         A whole number; 0 for a fraction of at least 1, inf for a rate of 1. It is
         piecewise constant, so its gradient is 0.
     """
-    rate = as_array("rate", rate)
-    log_reduction = jnp.log(jnp.asarray(reduction, rate.dtype))
+    rate = _floating("rate", rate)
+    log_reduction = jnp.log(_floating("reduction", reduction).astype(rate.dtype))
     log_rate = jnp.log(jnp.clip(rate, float(jnp.finfo(rate.dtype).tiny), 1.0))
     is_slow = log_rate == 0.0
     # A quotient that is whole must not be rounded up to the next whole number.
@@ -109,6 +109,19 @@ def iterations_to_reduce(
     count = jnp.ceil(log_reduction / jnp.where(is_slow, -1.0, log_rate) * slack)
     count = jnp.where(is_slow, jnp.inf, count)
     return jnp.where(log_reduction >= 0.0, 0.0, count)
+
+
+def _floating(name, x):
+    """The argument as a floating array; integers are converted."""
+    x = as_array(name, x)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        x = x.astype(jnp.result_type(float))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a number or a floating array, got {x.dtype}: it is a "
+            "fraction. Convert it first."
+        )
+    return x
 
 
 def _root(x):

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._runtime.arguments import as_array
 from ._measures import relative_residual
-from ._over_depth import as_layers, measures_over_depth
+from ._over_depth import as_layers, check_depth, measures_over_depth
 
 # Attention with this share of the entropy of uniform attention is taken for uniform.
 UNIFORM: Final = 0.99
@@ -152,13 +153,14 @@ def summarize(
         TypeError, ValueError: As in `measures_over_depth`.
     """
     hidden_states = as_layers("hidden_states", hidden_states)
+    check_depth("hidden_states", hidden_states, "Use x[None] for a single layer.")
     if 0 in hidden_states.shape:
         raise ValueError(
             "hidden_states must have a layer, an element and a token at least, got "
             f"shape {hidden_states.shape}: of nothing there is no median."
         )
     *batch, t, _ = hidden_states.shape[1:]
-    where = None if where is None else jnp.asarray(where)
+    where = None if where is None else as_array("where", where)
     if plans is not None:
         plans = _over_batch(as_layers("plans", plans), batch, t)
     measures = measures_over_depth(hidden_states, plans, where, dtype=dtype)

@@ -50,6 +50,7 @@ def test_the_report_depends_on_the_size_and_reads_well(capsys):
     [
         (["--dtype", "int32"], "choose from"),
         (["--tokens", "0"], "must be at least 1, got 0"),
+        (["--heads", "x"], "--heads: must be an integer of at least 1, got 'x'"),
         (["--num-iters", "-1"], "negative"),
     ],
 )
@@ -57,3 +58,11 @@ def test_bad_sizes_are_refused(options, message, capsys):
     with pytest.raises(SystemExit):
         command.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_the_report_is_of_float64_whether_or_not_x64_is_on(capsys):
+    options = ["--tokens", "16", "--dtype", "float64"]
+    for is_on in (False, True):
+        with jax.enable_x64(is_on):
+            command.main(options)
+        assert "x 64, float64: takes" in capsys.readouterr().out

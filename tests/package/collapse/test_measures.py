@@ -297,6 +297,16 @@ def test_errors_say_what_why_and_what_instead(x, where, error, match):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("x", "got"), [(None, "got None"), ("x", "got str")])
+def test_what_is_no_array_is_named(x, got):
+    for measure in (collapse.residual, *MEASURES.values()):
+        with pytest.raises(TypeError, match=rf"^(x|plan) must be an array, {got}"):
+            measure(x)
+    with pytest.raises(TypeError, match=r"^where must be an array, got str"):
+        collapse.stable_rank(jnp.asarray(X), where="x")
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_errors_of_norm_and_depth():
     for measure in (collapse.relative_residual, collapse.residual_over_depth):
         with pytest.raises(ValueError, match=r"Unknown norm 'l2'; expected .*'1inf'"):

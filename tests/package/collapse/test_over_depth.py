@@ -166,6 +166,7 @@ over_depth = collapse.measures_over_depth
             "floating, got int64",
         ),
         (lambda: over_depth(X, dtype="bfloat16"), ValueError, "got bfloat16.*None"),
+        (lambda: over_depth(X, dtype="foo"), ValueError, "float32 or .*got 'foo'"),
         (lambda: over_depth(X, None, X[0] > 0), ValueError, r"must end in 3"),
         (
             lambda: jax.enable_x64(False)(over_depth)(X, dtype="float64"),

@@ -141,3 +141,16 @@ def test_iterations_invert_the_remaining_error():
 def test_numbers_of_python():
     assert collapse.remaining_error(0.5, 3) == 0.125
     assert collapse.iterations_to_reduce(0.5, 0.1) == 4
+    assert collapse.remaining_error(0, 3) == 0
+    assert collapse.iterations_to_reduce(0, 0.1) == 1
+    assert collapse.iterations_to_reduce(1, 0.1) == np.inf
+    assert collapse.iterations_to_reduce(0.5, 1) == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_number_is_named():
+    for rate in ("x", None, True):
+        with pytest.raises(TypeError, match=r"^rate must be"):
+            collapse.iterations_to_reduce(rate, 0.1)
+    with pytest.raises(TypeError, match=r"^reduction must be an array, got str"):
+        collapse.iterations_to_reduce(0.5, "x")

@@ -132,6 +132,19 @@ def test_warnings(changes, message):
     assert message in warning
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("states", [np.ones((3, 3)), np.ones(3), [np.ones(3)]])
+def test_states_without_an_axis_of_layers_are_explained(states):
+    message = r"^hidden_states must be \(depth, .*counts layers. Use x\[None\]"
+    with pytest.raises(ValueError, match=message):
+        collapse.summarize(states)
+
+
+def test_an_unknown_dtype_is_explained():
+    with pytest.raises(ValueError, match="float32 or float64, got 'foo'"):
+        collapse.summarize(jnp.ones((2, 3, 4)), dtype="foo")
+
+
 def test_a_single_token_warns():
     tokens, *_ = network()
     found = collapse.summarize(tokens, where=np.arange(T)[None] < np.ones((B, 1)))

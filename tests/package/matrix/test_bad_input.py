@@ -78,6 +78,9 @@ class TestBadInput:
             Implicit(tolerance=0.0)
         with pytest.raises(ValueError, match="at least 1"):
             Implicit(max_iters=0)
+        for tolerance in ("1e-3", True):
+            with pytest.raises(TypeError, match="tolerance must be a number, got"):
+                Implicit(tolerance=tolerance)
         with pytest.raises(TypeError, match="integer"):
             Truncated(True)
 
