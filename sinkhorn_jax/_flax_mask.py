@@ -147,8 +147,8 @@ class LayerMask(NamedTuple):
         queries = _with_mass("query_marginal", a, (*batch, t), queries)
         keys = _with_mass("key_marginal", b, (*batch, s), keys)
         if self.mask is not None:
-            queries, keys = _allowed(self.mask, queries, keys, batch, t, s)
-        return queries, keys
+            return _allowed(self.mask, queries, keys, batch, t, s)
+        return _beside(queries, keys, (*batch, t)), _beside(keys, queries, (*batch, s))
 
 
 def _check_tokens(name, x):
@@ -246,6 +246,14 @@ def _with_mass(name, marginal, shape, tokens):
         has_any = has_any.any(axis=-2)
     has_any = jnp.broadcast_to(has_any, shape)
     return has_any if tokens is None else has_any & tokens
+
+
+def _beside(tokens, others, shape):
+    """The tokens (*batch, L), none where there is none of the others; None is all."""
+    if others is None:
+        return tokens
+    has_others = jnp.broadcast_to(others.any(axis=-1, keepdims=True), shape)
+    return has_others if tokens is None else has_others & tokens
 
 
 def _with_axes(mask, num_axes):

@@ -32,6 +32,12 @@ CASES = {
         {"query_segment_ids": [[1] * 6], "key_segment_ids": [[1, 1, 2, 2, 2]]},
     ),
     "segments and lengths": (4, None, None, THREE | {"key_value_seq_lengths": [4]}),
+    "lengths without a key": (
+        0,
+        0,
+        None,
+        {"query_seq_lengths": [6], "key_value_seq_lengths": [0]},
+    ),
     "segments and a mask of pairs": (
         2,
         2,

@@ -63,7 +63,8 @@ def test_0_is_the_softmax_itself(implementation, dtype):
         sinkhorn(logits, num_iters, column_tau=tau, implementation=implementation)
         for num_iters, tau in [(7, 0.0), (0, 1.0)]
     ]
-    np.testing.assert_array_equal(*plans)
+    # XLA may fuse the two programs otherwise, and round the last bit otherwise.
+    np.testing.assert_allclose(*plans, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
 @plain
