@@ -33,9 +33,9 @@ again with Sinkhorn attention.
          1                  0.881        0.00024         0.0771
          2                  0.932       0.000576        0.00992
 
-    The columns of the last plan have equal sums, so a mean over tokens right behind
-    that attention does not see how it moved them. Read a class token or the
-    maximum, or the mean behind an MLP.
+    If the network averages the tokens directly behind the last attention, that
+    average does not depend on its weights, because the columns of the last plan
+    have equal sums. Read a class token or the maximum, or the mean behind an MLP.
 """
 
 import functools

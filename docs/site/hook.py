@@ -34,6 +34,12 @@ RECIPES = {
 }
 
 
+def on_config(config):
+    """Leaves out 404.html, whose links are from the root of a server."""
+    config.theme.static_templates.discard("404.html")
+    return config
+
+
 def on_files(files, config):
     """Adds what pages link to outside docs/, and what is linked from there."""
     known = {path_of(file): file for file in files}

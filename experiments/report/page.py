@@ -18,6 +18,9 @@ is undecided. But for the study nothing is corrected for the number of claims: w
 there is no effect at all, one claim of twenty gets a verdict by chance.
 """
 
+ROOT = pathlib.Path(__file__).parents[2]
+PROTOCOL = "docs/protocol.md"  # The pages' name of it, which becomes a link.
+
 # The claims of a run; where there are more, the reader unfolds them.
 MOST_OPEN = 16
 
@@ -39,13 +42,15 @@ class Section(NamedTuple):
 
 def render(sections: Sequence[Section], folder: pathlib.Path) -> str:
     """The text of the page, whose links lead from `folder` to figures and numbers."""
-    lines = [INTRODUCTION]
+    protocol = pathlib.Path(os.path.relpath(ROOT / PROTOCOL, folder)).as_posix()
+    linked = lambda text: text.replace(PROTOCOL, f"[{PROTOCOL}]({protocol})")
+    lines = [linked(INTRODUCTION)]
     for name, about, runs in sections:
         findings = [found for run in runs for found in run.result["findings"]]
         title = about.splitlines()[0]
         lines.append(f"1. [{name}](#{name}): {title} ({_counts(findings)})")
     for name, about, runs in sections:
-        lines.append(f"\n## {name}\n\n{about.strip()}")
+        lines.append(f"\n## {name}\n\n{linked(about.strip())}")
         lines += [_run(name, run, folder) for run in runs]
     return "\n".join(lines)
 
@@ -94,7 +99,7 @@ def _run(question, run, folder):
     )
     if len(findings) > MOST_OPEN:
         summary = f"<summary>{len(findings)} claims</summary>"
-        table = f"<details>{summary}\n\n{table}\n</details>\n"
+        table = f"<details markdown>{summary}\n\n{table}\n</details>\n"
     others = sorted(run.path.parent.glob(f"{run.path.stem}_*.png"))
     stems = [run.path.stem, *(path.stem for path in others)]
     folder = pathlib.PurePosixPath(link).parent

@@ -1,7 +1,6 @@
 """A network's rank and attention, layer by layer, and what the numbers do not say."""
 
 import functools
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -58,14 +57,13 @@ class Summary(NamedTuple):
                 "residual is 0 and its rank 1, whatever the network does."
             )
         residual = np.asarray(self.relative_residual)
-        if np.isnan(residual).any():
-            yield f"Tokens are not finite in layer {_which(np.isnan(residual))}."
+        if (is_nan := np.isnan(residual)).any():
+            yield f"There is a NaN or an infinity in tokens {_which(is_nan)}."
         floor = float(self.floor)
         if self.fewest_tokens > 1 and (lost := residual < floor).any():
             yield (
-                f"The relative residual is rounding in layer {_which(lost)}: at least "
-                f"{-math.log10(floor):.1f} decades are lost there, and more is not "
-                "known."
+                f"The relative residual is rounding in tokens {_which(lost)}: there it "
+                f"is at most {floor:.0e}, and no more is known of it."
             )
         if self.attention_entropy is None or self.column_defect is None:
             return
@@ -73,20 +71,22 @@ class Summary(NamedTuple):
         is_above = entropy > 1 + ROUNDING
         if is_above.any():
             yield (
-                f"Attention in layer {_which(is_above)} has more entropy than "
-                "uniform attention to the tokens that count: the others get weight."
+                "The entropy of attention is above that of uniform attention to the "
+                f"tokens that count in plans {_which(is_above)}: the other tokens get "
+                "weight there."
             )
         if (is_uniform := (entropy > UNIFORM) & ~is_above).any():
             yield (
-                f"Attention has within {1 - UNIFORM:.0%} the entropy of uniform "
-                f"attention in layer {_which(is_uniform)}: there every token reads "
-                "nearly the mean of all, whatever the normaliser."
+                f"The entropy of attention is within {100 * (1 - UNIFORM):.0f} % of "
+                f"that of uniform attention in plans {_which(is_uniform)}: there every "
+                "token reads nearly the mean of all, whatever the normaliser."
             )
         if self.path_residual is not None and self.column_defect[-1] < EXACT:
             yield (
-                "The columns of the last plan have equal sums, so a mean over tokens "
-                "right behind that attention does not see how it moved them. Read a "
-                "class token or the maximum, or the mean behind an MLP."
+                "If the network averages the tokens directly behind the last "
+                "attention, that average does not depend on its weights, because the "
+                "columns of the last plan have equal sums. Read a class token or the "
+                "maximum, or the mean behind an MLP."
             )
 
     def table(self) -> str:

@@ -43,16 +43,51 @@ def test_spread_and_defect_of_trained_encoders():
     assert f"about {first:.1f} before training" in page
     assert f"between {spread.min():.1f} and {spread.max():.1f} after it" in page
     assert f"between {worst.min():.2f} % and {worst.max():.0f} %" in page
+    slowest = max(np.max(x["needed"]) for x in trained)
+    assert f"needs {slowest} iterations to 0.1 %" in page
 
 
-def test_times_of_the_home_page_are_those_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    rows = [line.split("|") for line in readme.splitlines() if re.match(r"\| \d", line)]
-    rows = [row for row in rows if row[1].strip() in ("96x197", "16x1024", "2x4096")]
-    default, torch = ([float(row[i].split("/")[1]) for row in rows] for i in (3, 5))
-    page = (DOCS / "index.md").read_text()
-    assert f"between {min(default):.2f} and {max(default):.2f} times" in page
-    assert f"takes {min(torch):.2f} to {max(torch):.2f} times" in page
+def test_iterations_of_the_worst_seed():
+    page = " ".join((DOCS / "choosing.md").read_text().split())
+    cells = json.loads(CONVERGENCE.read_text())["cells"]
+    worst = {x["num_tokens"]: max(x["needed"]) for x in cells if x["deviation"] == 10}
+    assert f"needs {worst[256]} iterations to 0.1 % with 256 tokens" in page
+    assert f"tokens and {worst[32]} with 32" in page
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def test_times_of_the_home_page_are_those_of_the_committed_rows():
+    folder = ROOT / "benchmarks" / "results" / "cpu-intel-xeon-processor-2cores"
+    rows = [cells_of(x) for x in (folder / "README.md").read_text().splitlines()]
+    rows = [row for row in rows if len(row) > 10 and row[1] == "float32"]
+    ten = [row for row in rows if row[2] == "10"]
+    default = {row[0]: row for row in ten if row[3].startswith("**")}
+    torch = {row[0]: row for row in ten if row[3] == "`torch_softmax`"}
+    expected = {
+        shape: [row[5], row[7], torch[shape][5], torch[shape][7]]
+        for shape, row in default.items()
+    }
+    page = (DOCS / "index.md").read_text().replace(" \N{MULTIPLICATION SIGN} ", "x")
+    table = map(cells_of, re.findall(r"^\| \d.*$", page, re.MULTILINE))
+    assert {shape: cells for shape, *cells in table} == expected
+
+    forward, both, *others = np.array(list(expected.values()), float).T
+    assert f"between {both.min():.2f} and {both.max():.2f} times" in page
+    assert f"between {forward.min():.2f} and {forward.max():.2f} times" in page
+    assert (others < np.minimum([forward, both], 1)).all()
+    (fifty,) = (x for x in rows if x[2] == "50" and x[3].startswith("**"))
+    assert f"takes {fifty[5]} and {fifty[7]} times as long at {fifty[0]}" in page
+
+    arrays = lambda name: [float(row[10]) for row in ten if row[3] == name]
+    low, high = (f(arrays("`softmax`")) for f in (min, max))
+    assert f"allocates {low:.0f} to {high:.0f} arrays" in page
+    low, high = (f(arrays("**`scaling`**")) for f in (min, max))
+    assert f"`scaling` allocates {low:.0f} to {high:.0f}" in page
+    streaming = {x for x, row in default.items() if row[3] == "**`streaming`**"}
+    assert streaming == {"2x8192", "2x16384"}  # The last two rows of the table.
 
 
 def test_scaling_is_the_fastest_of_this_package_in_every_row():

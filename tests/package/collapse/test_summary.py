@@ -106,20 +106,20 @@ def test_transforms():
     # What the dtype of the input rounds is no measurement.
     equal = jnp.ones_like(tokens) + 1e-3 * tokens
     low = collapse.summarize(equal.astype("bfloat16"), dtype="float64")
-    assert "rounding in layer 0" in low.warnings()[0]
+    assert "rounding in tokens 0" in low.warnings()[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": lambda x: 1e-8 * x + 1}, "rounding in layer 0, 1, 2, 3: at least"),
+        ({"tokens": lambda x: 1e-8 * x + 1}, "rounding in tokens 0, 1, 2, 3: there it"),
         (
             {"plans": lambda p: 0.05 * p + 0.95 / T},
-            "the entropy of uniform attention in layer 0",
+            "of that of uniform attention in plans 0",
         ),
         (
             {"plans": lambda p: sinkhorn(jnp.log(p), 500)},
-            "so a mean over tokens right behind that attention",
+            "directly behind the last attention, that average",
         ),
     ],
 )
