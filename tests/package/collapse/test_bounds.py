@@ -306,3 +306,18 @@ def test_numbers_and_lists_of_python():
     for bound, given in ((pure, (8, 4, "softmax")), (dong, (8,))):
         expected = bound(jnp.float64(-1.0), *map(jnp.asarray, norms), *given)
         np.testing.assert_allclose(bound(-1.0, *norms, *given), expected)
+
+
+def test_the_softmax_bound_with_a_mean_in_closed_form():
+    """One layer multiplies r by (exp(2 r^2 |A| / sqrt(d)) - 1) sqrt(b) |W_V|.
+
+    Here b = exp(sqrt(2) (m + r) r |A| / sqrt(d)) is less than n.
+    """
+    r, m, qk, value, d, n = 0.05, 3.0, 1.5, 2.0, 16, 8
+    array = lambda x: jnp.full((1, 1), x)
+    logs = collapse.pure_attention_log_bound(
+        jnp.log(r), array(qk), array(value), d, n, "softmax", mean_norm=jnp.float64(m)
+    )
+    spread = np.sqrt(2) * (m + r) * r * qk / np.sqrt(d)
+    factor = np.expm1(2 * r**2 * qk / np.sqrt(d)) * np.exp(spread / 2) * value
+    np.testing.assert_allclose(logs, np.log([r, factor * r]), rtol=1e-12)

@@ -52,6 +52,13 @@ def test_agrees_with_numpy(dtype, t, s):
         np.testing.assert_allclose(same, rate, rtol=RTOL[dtype])
 
 
+def test_leading_axes_are_a_batch():
+    plans = jnp.exp(jax.random.normal(jax.random.key(5), (2, 3, 4, 6)))
+    rates = collapse.convergence_rate(plans)
+    each = [[collapse.convergence_rate(plan) for plan in some] for some in plans]
+    np.testing.assert_allclose(rates, each, rtol=1e-12)
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", RTOL)
 def test_rows_and_columns_of_any_magnitude_count_alike(dtype):
