@@ -132,6 +132,14 @@ def test_warnings(changes, message):
     assert message in warning
 
 
+def test_weight_of_padding_warns():
+    tokens, *_ = network()
+    where = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T))
+    plans = jnp.full((L, B, N, T, T), 1 / T)
+    found = collapse.summarize(tokens, plans, where).warnings()
+    assert any("above that of uniform attention" in warning for warning in found)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("states", [np.ones((3, 3)), np.ones(3), [np.ones(3)]])
 def test_states_without_an_axis_of_layers_are_explained(states):
