@@ -20,6 +20,7 @@ from sinkhorn_jax import sinkhorn_attention
 from .harness import compiled_text, machine, record
 from .harness.program import temp_bytes
 from .report import table
+from .report.readme import with_section
 
 RESULTS: Final = record.RESULTS / "many_devices"
 PAGE: Final = machine.ROOT / "docs" / "scaling.md"
@@ -134,8 +135,9 @@ def compile_step(call: Call) -> Any:
 
 def page(text: str, rows: list[dict[str, Any]]) -> str:
     """The page with the tables of these rows."""
-    text = _between(text, COUNTED, counted(rows))
-    return _between(text, ON_PAPER, on_paper())
+    for marks, lines in ((COUNTED, counted(rows)), (ON_PAPER, on_paper())):
+        text = with_section(text, f"\n\n{lines}\n\n", *marks, name=PAGE.name)
+    return text
 
 
 def counted(rows: list[dict[str, Any]]) -> str:
@@ -195,8 +197,3 @@ def seconds(device: Device, call: Call, head_dim: int) -> dict[str, float]:
         "exponentials": entries * passes / (device.exponentials * REACHED),
         "messages": (sums + trips) / (device.bytes_sent * REACHED),
     }
-
-
-def _between(text, marks, content):
-    begin, end = (text.index(mark) for mark in marks)
-    return f"{text[: begin + len(marks[0])]}\n\n{content}\n\n{text[end:]}"

@@ -1,4 +1,4 @@
-"""What the recipes share: options, a training loop, and the look of figures."""
+"""Options, a training loop and the look of figures, which the recipes share."""
 
 import argparse
 import contextlib

@@ -16,7 +16,7 @@ from .attention._pattern import Segments, check_window, may_attend, rows_with_a_
 
 
 class LayerMask(NamedTuple):
-    """What a multi-head layer passes to its `attention_fn` in place of the mask."""
+    """The arguments that a multi-head layer hands to its `attention_fn` as the mask."""
 
     mask: Array | None
     query_seq_lengths: Integer[Array, "..."] | None = None  # Broadcast to *batch.
@@ -36,7 +36,7 @@ class LayerMask(NamedTuple):
         inputs_v: Array | None,
         num_heads: int,
     ) -> "LayerMask":
-        """The same with arrays in place of lists, whose shapes fit the inputs.
+        """The layer's mask with arrays in place of lists, whose shapes fit the inputs.
 
         Raises:
             TypeError: JAX makes no array of one.
@@ -249,7 +249,10 @@ def _with_mass(name, marginal, shape, tokens):
 
 
 def _beside(tokens, others, shape):
-    """The tokens (*batch, L), none where there is none of the others; None is all."""
+    """The valid tokens (*batch, L), none in an element whose other side has none.
+
+    None is all.
+    """
     if others is None:
         return tokens
     has_others = jnp.broadcast_to(others.any(axis=-1, keepdims=True), shape)

@@ -13,7 +13,7 @@ from support.xla_flags import compile_quickly
 
 # Set XLA_FLAGS, for instance to nothing, to test fully optimised code.
 compile_quickly()
-# JAX makes millions of small objects as it traces, and few of them in cycles.
+# Tracing makes many small objects, and few of them are in cycles.
 gc.set_threshold(200_000, 20, 100)
 # Several test processes share the memory of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -19,9 +19,9 @@ _CALLED = re.compile(
 
 
 def count(program) -> collections.Counter:
-    """What each device does in a compiled program.
+    """Counts of the work that each device does in a compiled program.
 
-    Products of two numbers that are added up (`multiply_add`), exponentials
+    They are products of two numbers that are added up (`multiply_add`), exponentials
     (`exponential`), each collective by its name, and the bytes of its results by its
     name and "bytes".
     """
@@ -87,7 +87,7 @@ def _shape(text):
 
 
 def _bytes(text):
-    """Of an array or a tuple of arrays."""
+    """The bytes of an array or of a tuple of arrays, from its type in the text."""
     sizes = (
         math.prod([int(x) for x in dims.split(",") if x]) * int(bits) // 8
         for bits, dims in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", text)

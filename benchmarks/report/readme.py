@@ -89,16 +89,18 @@ def section(rows: Sequence[Row]) -> str:
     return "\n" + "\n\n".join([*parts, LEGEND]) + "\n"
 
 
-def with_section(text: str, new: str) -> str:
-    """The text with `new` between its markers.
+def with_section(
+    text: str, new: str, begin: str = BEGIN, end: str = END, name: str = "The README"
+) -> str:
+    """The text of a page with `new` between two of its markers.
 
     Raises:
         ValueError: The text does not contain each marker once, in order.
     """
-    pattern = re.compile(f"(?<={BEGIN}).*?(?={END})", re.S)
-    if (text.count(BEGIN), text.count(END), len(pattern.findall(text))) != (1, 1, 1):
+    pattern = re.compile(f"(?<={begin}).*?(?={end})", re.S)
+    if (text.count(begin), text.count(end), len(pattern.findall(text))) != (1, 1, 1):
         raise ValueError(
-            f"The README must have one line {BEGIN} and after it one line {END}: the "
+            f"{name} must have one line {begin} and after it one line {end}: the "
             "table goes between them."
         )
     return pattern.sub(lambda _: new, text)

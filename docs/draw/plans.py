@@ -148,7 +148,7 @@ def half_steps() -> plt.Figure:
 
 
 def masks() -> plt.Figure:
-    """What each way to exclude or to weigh tokens does to a plan and its sums."""
+    """Plans and their sums for each way to exclude or to weigh tokens."""
     num_tokens = 8
     z = logits(num_tokens)
     order = np.arange(num_tokens)
@@ -175,7 +175,7 @@ def masks() -> plt.Figure:
 
 
 def causal() -> plt.Figure:
-    """Where the iteration goes with a causal mask."""
+    """Plans of a causal mask after more and more iterations, up to the identity."""
     num_tokens = 8
     z = logits(num_tokens)
     mask = np.tri(num_tokens, dtype=bool)

@@ -16,6 +16,7 @@ from .._runtime.arguments import (
     known_values,
     refuse_no_number,
 )
+from .._runtime.collectives import largest
 from .checks import number
 from .precision import in_range
 
@@ -51,15 +52,22 @@ def has_mass(marginal: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
     return ~(jnp.abs(marginal) < jnp.finfo(marginal.dtype).tiny)
 
 
-def power_of_2(largest: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The power of 2 by which a marginal with this maximum is divided to be near 1.
+def near_one(
+    a: Float[Array, "*batch T"], b: Float[Array, "*batch S"], axis: str | None = None
+) -> tuple[
+    Float[Array, "*batch T"], Float[Array, "*batch S"], Float[Array, "*batch 1"]
+]:
+    """Both marginals over a power of 2 near the largest entry of `a`, and that power.
 
     A plan is proportional to its marginals, and products of scalings with very large or
-    small ones would leave the range of the dtype. A power of 2 changes no digit.
+    small ones would leave the range of the dtype. A power of 2 changes no digit. The
+    devices of a `jax.shard_map` axis have parts of `a`.
     """
-    is_usable = (largest > 0) & jnp.isfinite(largest)
-    _, exponent = jnp.frexp(jnp.where(is_usable, largest, 1))
-    return jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+    top = largest(axis, jax.lax.stop_gradient(a).max(axis=-1, keepdims=True))
+    is_usable = (top > 0) & jnp.isfinite(top)
+    _, exponent = jnp.frexp(jnp.where(is_usable, top, 1))
+    unit = jnp.ldexp(jnp.ones_like(top), exponent - 1)
+    return a / unit, b / unit, unit
 
 
 def complete(
@@ -117,7 +125,7 @@ def floating_marginal(
 
 
 def broadcast(name: str, x: Array, shape: tuple[int, ...]) -> Array:
-    """An argument, broadcast to the shape that the other arguments give it."""
+    """The argument `x`, broadcast to the shape that the other arguments require."""
     try:
         fits = jnp.broadcast_shapes(x.shape, shape) == tuple(shape)
     except ValueError:
@@ -168,10 +176,17 @@ def check_totals(
         )
 
 
-def check_traced_signs(
-    names: Names, a: Float[Array, "*batch T"], b: Float[Array, "*batch S"]
+def check_traced(
+    names: Names,
+    a: Float[Array, "*batch T"],
+    b: Float[Array, "*batch S"],
+    totals: tuple[Array, Array, Array | None],
+    rtol: float,
 ) -> None:
-    """The check of signs for values that are not known, if asked for."""
+    """The checks of signs and totals for values that are not known, if asked for.
+
+    `totals` are the marginals and tau that `check_totals` takes.
+    """
     if not has_traced_checks() or 0 in a.shape:
         return
     for name, x in ((names.rows, a), (names.cols, b)):
@@ -182,20 +197,8 @@ def check_traced_signs(
             low=x.min(),
             high=x.max(),
         )
-
-
-def check_traced_totals(
-    names: Names,
-    a: Float[Array, "*batch T"],
-    b: Float[Array, "*batch S"],
-    tau: Float[Array, "*batch"] | None,
-    rtol: float,
-) -> None:
-    """The check of totals for values that are not known, if asked for."""
-    if not has_traced_checks() or 0 in a.shape:
-        return
     checkify.check(
-        ~_excess(a, b, tau, rtol).any(),
+        ~_excess(*totals, rtol).any(),
         f"{names.rows} and {names.cols} must have the same total: no plan has both. "
         "Rescale one of them, or give a column_tau below 1.",
     )

@@ -66,10 +66,9 @@ def solve_backward(
 def to_unit(cotangent: Any, axis: str | None = None) -> tuple[Any, Float[Array, ""]]:
     """A pytree over its largest magnitude, and that magnitude.
 
-    The devices of a `jax.shard_map` axis have parts of one cotangent.
-
     The backward pass is linear in the cotangent, and a large one could take factors out
-    of range. A zero or non-finite one is returned as it is, with magnitude 1.
+    of range. A zero or non-finite one is returned as it is, with magnitude 1. The
+    devices of a `jax.shard_map` axis have parts of one cotangent.
     """
     size = jnp.stack([jnp.abs(x).max() for x in jax.tree.leaves(cotangent)]).max()
     size = gathered(axis, size[None], 0).max()

@@ -41,16 +41,13 @@ def ring(axis: str) -> list[tuple[int, int]]:
 
 
 def gathered_by_ring(axis: str, x: Array) -> Array:
-    """What `gathered` returns along the last axis, without a second copy of it.
+    """The result of `gathered` along the last axis, made without a second copy of it.
 
     XLA gathers into another order of memory and copies the whole for each loop that
     reads it.
     """
-    num_parts, index, size = (
-        jax.lax.axis_size(axis),
-        jax.lax.axis_index(axis),
-        x.shape[-1],
-    )
+    num_parts, size = jax.lax.axis_size(axis), x.shape[-1]
+    index = jax.lax.axis_index(axis)
 
     def put(i, state):
         whole, part = state
@@ -72,7 +69,10 @@ def own_part(axis: str | None, x: Array, dim: int) -> Array:
 
 
 def among_parts(axis: str | None, x: Num[Array, "... t"]) -> Num[Array, "... T"]:
-    """This device's part among zeros for the others'; `total` then gathers them."""
+    """The array with zeros beside it for the parts of other devices.
+
+    The sum over the devices then has all parts, along the last axis.
+    """
     if axis is None:
         return x
     size = x.shape[-1]
@@ -83,7 +83,7 @@ def among_parts(axis: str | None, x: Num[Array, "... t"]) -> Num[Array, "... T"]
 
 
 def on_first(axis: str | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The array on the first device of an axis, and 0 on the others.
+    """The array `x` on the first device of an axis, zeros on the other devices.
 
     A cotangent that all devices compute counts once, not once for each.
     """

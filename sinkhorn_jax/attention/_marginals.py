@@ -11,17 +11,16 @@ from .._core.marginals import (
     Names,
     check_signs,
     check_totals,
-    check_traced_signs,
-    check_traced_totals,
+    check_traced,
     complete,
     floating_marginal,
     is_known,
-    power_of_2,
+    near_one,
     totals_rtol,
 )
 from .._core.precision import accum_dtype
 from .._runtime.arguments import are_known, has_traced_checks
-from .._runtime.collectives import gathered, largest, own_part
+from .._runtime.collectives import gathered, own_part
 from ._pattern import totals_by_segment, uniform_by_segment
 from ._problem import GivenMarginals, Operands, Problem, valid_by_head
 
@@ -41,9 +40,7 @@ def with_given_marginals(
     operands = operands._replace(row_marginal=a, col_marginal=b)
     if has_traced_checks():
         a, b = _completed(problem, operands)
-        check_traced_signs(NAMES, a, b)
-        cols = b != 0
-        check_traced_totals(NAMES, *_totals(operands, a, b, cols), rtol)
+        check_traced(NAMES, a, b, _totals(operands, a, b, b != 0), rtol)
     return operands
 
 
@@ -132,6 +129,5 @@ def to_unit_marginals(
     a, b = operands.row_marginal, operands.col_marginal
     if a is None or b is None:
         return operands, None
-    top = jax.lax.stop_gradient(a).max(axis=-1, keepdims=True)
-    unit = power_of_2(largest(problem.token_axis, top))
-    return operands._replace(row_marginal=a / unit, col_marginal=b / unit), unit
+    a, b, unit = near_one(a, b, problem.token_axis)
+    return operands._replace(row_marginal=a, col_marginal=b), unit

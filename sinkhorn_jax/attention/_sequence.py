@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.marginals import broadcast
-from .._runtime.collectives import gathered
+from .._runtime.collectives import among_parts, gathered, own_part
 from .._runtime.shard_map import varying_like
 from ._problem import Dropout, GivenMarginals, GivenPattern, head_ids
 from ._validate import check_arrays
@@ -68,7 +68,8 @@ def over_sequence(
     if chosen == "ulysses":
         out, error = compute(_to_heads(axis, parts), implementation=implementation)
         out = jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
-        error = None if error is None else _of_all_heads(axis, error)
+        if error is not None:
+            error = jax.lax.psum(among_parts(axis, error), axis)
     else:
         parts = _with_all_keys(axis, parts)
         out, error = compute(parts, implementation="streaming", token_axis=axis)
@@ -145,16 +146,12 @@ def _with_all_keys(axis: str, parts: Parts) -> Parts:
 
 def _to_heads(axis: str, parts: Parts) -> Parts:
     """All tokens of this device's part of the heads, from its tokens of all heads."""
-    size, index = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     batch, t, num_heads, _ = parts.query.shape
-    s, part = parts.key.shape[1], num_heads // size
+    s = parts.key.shape[1]
 
     def exchange(x, head_axis, token_axis):
-        x = varying_like(x, (x, index))
+        x = varying_like(x, (x, jax.lax.axis_index(axis)))
         return jax.lax.all_to_all(x, axis, head_axis, token_axis, tiled=True)
-
-    def own_heads(x, head_axis):
-        return jax.lax.dynamic_slice_in_dim(x, index * part, part, head_axis)
 
     def of_logits(x):
         """A bias or mask of this device's heads, from one that has its queries."""
@@ -166,7 +163,7 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
             if x.shape[1] == num_heads:
                 return exchange(x, 1, 2)
             return gathered(axis, x, 2)
-        return own_heads(x, 1) if x.shape[1] == num_heads else x
+        return own_part(axis, x, 1) if x.shape[1] == num_heads else x
 
     def of_marginal(name, x, length):
         if x is None:
@@ -181,9 +178,9 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
 
     marginals, pattern, tau = parts.marginals, parts.pattern, parts.marginals.tau
     if isinstance(tau, jax.Array) and tau.ndim > 0:
-        tau = own_heads(broadcast("column_tau", tau, (batch, num_heads)), 1)
+        tau = own_part(axis, broadcast("column_tau", tau, (batch, num_heads)), 1)
     query, key, value = (exchange(x, 2, 1) for x in parts[:3])
-    ids = own_heads(head_ids(parts.query, axis), 1)
+    ids = own_part(axis, head_ids(parts.query, axis), 1)
     return Parts(
         query,
         key,
@@ -202,12 +199,3 @@ def _to_heads(axis: str, parts: Parts) -> Parts:
         ),
         parts.dropout._replace(ids=ids),
     )
-
-
-def _of_all_heads(axis: str, error: Float[Array, "B N"]) -> Float[Array, "B M"]:
-    """The marginal errors of all heads, the same on all devices of the axis."""
-    batch, part = error.shape
-    index, size = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    everywhere = varying_like(jnp.zeros((batch, part * size), error.dtype), error)
-    start = jnp.zeros_like(index), index * part
-    return jax.lax.psum(jax.lax.dynamic_update_slice(everywhere, error, start), axis)

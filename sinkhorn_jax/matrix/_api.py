@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.gradient import Exact, Gradient
-from .._core.marginals import power_of_2
+from .._core.marginals import near_one
 from .._core.options import Finish, Options
 from .._runtime.arguments import as_array, refuse_no_number
 from .._runtime.dispatch import Implementation, in_terms_of_the_call, select
@@ -218,9 +217,8 @@ def _to_unit(problem, matrices):
     """The matrices with marginals near 1, and the unit (..., 1) of those given."""
     if not problem.has_marginals:
         return matrices, None
-    top = jax.lax.stop_gradient(matrices.a).max(axis=-1, keepdims=True)
-    unit = power_of_2(top)
-    return matrices._replace(a=matrices.a / unit, b=matrices.b / unit), unit
+    a, b, unit = near_one(matrices.a, matrices.b)
+    return matrices._replace(a=a, b=b), unit
 
 
 def _check_arrays(logits, row_marginal, col_marginal, where):

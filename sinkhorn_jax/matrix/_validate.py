@@ -10,8 +10,7 @@ from .._core.marginals import (
     broadcast,
     check_signs,
     check_totals,
-    check_traced_signs,
-    check_traced_totals,
+    check_traced,
     checked_tau,
     complete,
     floating_marginal,
@@ -84,11 +83,9 @@ def validated(
         logits = jnp.where(allowed, logits, -jnp.inf)
     rows, cols = allowed.any(axis=-1), allowed.any(axis=-2)
     a, b = complete(a, b, rows, cols, dtype)
-    has_marginals = row_marginal is not None or col_marginal is not None
-    if has_marginals and not all(x is None or is_known(x) for x in given):
-        check_traced_signs(NAMES, a, b)
+    if problem.has_marginals and not all(x is None or is_known(x) for x in given):
         rtol = totals_rtol(row_marginal, col_marginal)
-        check_traced_totals(NAMES, a, b, tau, rtol)
+        check_traced(NAMES, a, b, (a, b, tau), rtol)
     return problem, Matrices(logits, a, b, tau)
 
 

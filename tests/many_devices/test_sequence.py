@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from support.attention_cases import PLAIN, inputs, random
 
 from benchmarks.harness.compiled_text import collectives
+from benchmarks.many_devices import Call, compile_step
 from sinkhorn_jax import Implicit, Truncated, sinkhorn_attention
 
 B, T, S, N, K = 2, 16, 24, 8, 4
@@ -197,32 +198,10 @@ def test_tokens_are_exchanged_for_heads_once():
     assert collectives(program) == {"all-to-all": 8}
 
 
-def compiled_step(length, num_heads, num_iters):
-    mesh = jax.make_mesh((8,), ("tokens",), axis_types=(AxisType.Auto,))
-    attend = functools.partial(
-        sinkhorn_attention,
-        num_iters=num_iters,
-        sequence_axis="tokens",
-        sequence_strategy="mixed",
-    )
-    parts = PartitionSpec(None, "tokens")
-    attend = jax.shard_map(attend, mesh=mesh, in_specs=parts, out_specs=parts)
-
-    def step(query, key, value, dout):
-        out, cotangents = jax.vjp(attend, query, key, value)
-        return out, cotangents(dout)
-
-    sharding = jax.sharding.NamedSharding(mesh, parts)
-    array = jax.ShapeDtypeStruct(
-        (1, length, num_heads, 64), "float32", sharding=sharding
-    )
-    return jax.jit(step).lower(*[array] * 4).compile()
-
-
 @pytest.mark.parametrize(("num_heads", "num_iters"), [(1, 4), (3, 2)])
 def test_column_sums_are_added_up_once_for_all_heads(num_heads, num_iters):
     """In each iteration, forward and backward, and once for the softmax."""
-    found = collectives(compiled_step(64, num_heads, num_iters))
+    found = collectives(compile_step(Call("mixed", 8, 64, num_heads, num_iters)))
     assert found.pop("all-reduce") == 2 * num_iters + 1
     # Keys of both passes, values, and the cotangents of values and keys.
     assert found == {"collective-permute": 6 * 8, "all-gather": 1}
@@ -232,7 +211,10 @@ def test_column_sums_are_added_up_once_for_all_heads(num_heads, num_iters):
 def test_memory_is_linear_in_the_tokens():
     """One head of 64, forward and backward; docs/scaling.md has the last number."""
     megabytes = [
-        compiled_step(length, 1, 10).memory_analysis().temp_size_in_bytes / 2**20
+        compile_step(Call("mixed", 8, length, 1, 10))
+        .memory_analysis()
+        .temp_size_in_bytes
+        / 2**20
         for length in (2**16, 2**17)
     ]
     assert megabytes[1] <= 2.1 * megabytes[0]

@@ -148,14 +148,14 @@ def _reverse_sweep(blocks, history, df, dg, marginals):
     return _Sweep(before, col_c, *weights), dtau
 
 
-def _with_total(dg, total, b):
+def _with_total(dg, total_dg, b):
     """Cotangents of g whose total is what it is without rounding.
 
     A number added to f and taken off g changes no plan. No step of the sweep would make
     the error smaller, so it would add up over the iterations.
     """
     sum_b = b.sum()
-    return dg - b * ((dg.sum() - total) / jnp.where(sum_b == 0, 1, sum_b))
+    return dg - b * ((dg.sum() - total_dg) / jnp.where(sum_b == 0, 1, sum_b))
 
 
 def _logits_pass(blocks, query_t, value_t, do_t, end, last_weight, sweep):

@@ -139,12 +139,6 @@ def _softmax(blocks, value):
     # Without log r in f, logits + f is exact.
     f = jnp.where(rows, -m, 0)
     start = PlanFactors(f, jnp.zeros_like(sums), r, cols.astype(dtype))
-    if is_result:
-        if not has_values:
-            out, *_ = _apply(blocks, start, value)
-        sums, num_rows = heads.over_devices(sums, rows)
-        marginals = heads.marginals(blocks.head, rows, cols, num_rows)
-        return start, marginals, out, sums
     top = jnp.where(cols, top, 0)
 
     def under_column_maxima():
@@ -153,11 +147,16 @@ def _softmax(blocks, value):
 
         return blocks.fold(again, jnp.zeros_like(sums)), top
 
-    sums, shift = with_fallback(
-        (sums, jnp.zeros_like(top)), (top >= HIDDEN).all(), under_column_maxima
-    )
+    shift = jnp.zeros_like(top)
+    if not is_result:
+        none_hidden = (top >= HIDDEN).all()
+        sums, shift = with_fallback((sums, shift), none_hidden, under_column_maxima)
     sums, num_rows = heads.over_devices(sums, rows)
     marginals = heads.marginals(blocks.head, rows, cols, num_rows)
+    if is_result:
+        if not has_values:
+            out, *_ = _apply(blocks, start, value)
+        return start, marginals, out, sums
     b = marginals.b
     log_c = jnp.log(jnp.where(cols, b, 1)) - jnp.log(jnp.where(cols, sums, 1))
     g, rest = _add_exactly(jnp.where(cols, -shift, 0), log_c)
@@ -206,7 +205,7 @@ def _apply(blocks, state, value):
 
 
 def _apply_to_parts(blocks, state, value):
-    """What `_apply` returns where devices have parts of the values."""
+    """The results of `_apply` where devices have parts of the values."""
     problem = blocks.heads.problem
 
     def add_part(blocks, value, carry):
@@ -222,16 +221,15 @@ def _apply_to_parts(blocks, state, value):
     _, (out, row_sums) = blocks.around(add_part, value, init)
     r, col_sums = state.r, jnp.zeros_like(state.c)
     if problem.options.finish == "rows":
-        a = blocks.row_marginal
-        r = _divide(1 if a is None else a, row_sums)
+        r = _row_scaling(blocks, row_sums)
         if problem.return_marginal_error and problem.options.num_iters > 0:
             _, col_sums = _full_pass(blocks, state)
     return r[:, None] * out, r, row_sums, col_sums
 
 
-def _row_scaling(block, sums):
-    """What the sums must be multiplied by to be the row marginal."""
-    a = block.row_marginal
+def _row_scaling(rows, sums):
+    """What the sums of a query block, or of all, must be multiplied by to be `a`."""
+    a = rows.row_marginal
     return _divide(1 if a is None else a, sums)
 
 
@@ -250,8 +248,8 @@ def _max_drift(blocks, marginals):
 
 def _add_exactly(potential, log_scaling):
     """Their sum, and what is lost from the scaling to the rounding of a large sum."""
-    total = potential + log_scaling
-    return total, log_scaling - (total - potential)
+    moved = potential + log_scaling
+    return moved, log_scaling - (moved - potential)
 
 
 def _absorb(potential, scaling, max_drift):
@@ -266,8 +264,8 @@ def _absorb(potential, scaling, max_drift):
     return jnp.where(is_far, absorbed, potential), jnp.where(is_far, rest, scaling)
 
 
-def _over_total(difference, total):
-    return difference / jnp.where(total == 0, 1, total)
+def _over_total(difference, mass):
+    return difference / jnp.where(mass == 0, 1, mass)
 
 
 def _divide(x, y):

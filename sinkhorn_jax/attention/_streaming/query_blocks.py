@@ -26,6 +26,8 @@ from .._problem import Problem
 CPU_BLOCK_BYTES: Final = 2**22
 ACCELERATOR_BLOCK_BYTES: Final = 2**28  # All heads in flight together.
 MIN_BLOCK_ROWS: Final = 16  # A matrix product of fewer rows waits for its keys.
+# Where devices divide the tokens, sequences are long and memory counts more.
+MIN_BLOCK_ROWS_OF_DEVICE: Final = 8
 MAX_BLOCK_ROWS: Final = 1024
 # Potentials up to here are added to the logits in any order: the rounding error of a
 # sum is then a few eps. Elsewhere the order costs a quarter of a pass.
@@ -60,8 +62,8 @@ def choose_layout(problem: Problem) -> Layout:
     row_bytes = visible_keys(problem, most_rows) * max(4, problem.dtype.itemsize)
     on_cpu = jax.default_backend() == "cpu"
     limit = (CPU_BLOCK_BYTES if on_cpu else ACCELERATOR_BLOCK_BYTES) // row_bytes
-    in_flight = 1
-    if problem.token_axis is not None:
+    in_flight, is_divided = 1, problem.token_axis is not None
+    if is_divided:
         # The heads share the messages between devices.
         in_flight = heads
         limit //= in_flight
@@ -70,7 +72,7 @@ def choose_layout(problem: Problem) -> Layout:
         most = max(1, limit // min(problem.t, 128))
         in_flight = max(n for n in range(1, min(heads, most) + 1) if heads % n == 0)
         limit //= in_flight
-    least = MIN_BLOCK_ROWS if problem.token_axis is None else 8
+    least = MIN_BLOCK_ROWS_OF_DEVICE if is_divided else MIN_BLOCK_ROWS
     rows = min(most_rows, max(least, limit))
     # Even blocks: the last one then repeats fewer rows than there are blocks.
     return Layout(-(-problem.t // -(-problem.t // rows)), in_flight)
